@@ -1,0 +1,279 @@
+//! One typed, validated configuration: text in, [`Config`] or every problem with its key out.
+//!
+//! Owns: the settings, their defaults (which run on a laptop), their checks, and the generated `example.toml`. The only
+//! crate that reads settings files or environment variables. Never opens a socket, never makes a directory.
+#![forbid(unsafe_code)]
+
+mod problem;
+mod reader;
+
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+pub use problem::{ConfigError, Problem};
+use reader::Reader;
+
+/// Everything a node is told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// `[node]`
+    pub node: Node,
+    /// `[edge]`
+    pub edge: Edge,
+    /// `[api]`
+    pub api: Api,
+    /// `[admin]`
+    pub admin: Admin,
+    /// `[engine]`
+    pub engine: Engine,
+    /// `[guest]`
+    pub guest: Guest,
+    /// `[lifecycle]`
+    pub lifecycle: Lifecycle,
+    /// `[build]`
+    pub build: Build,
+    /// `[log]`
+    pub log: Log,
+}
+
+/// Where the node keeps its things and what it calls itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Node {
+    /// Everything that survives a restart.
+    pub data_dir: PathBuf,
+    /// Region in ARNs, signatures and the guest's AWS_REGION.
+    pub region: String,
+    /// Account in ARNs: 12 digits.
+    pub account: String,
+}
+
+/// The gateway.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Edge {
+    /// TLS listener.
+    pub listen: SocketAddr,
+    /// Endpoints are `<uuid>.<this>`.
+    pub domain_suffix: String,
+    /// Client connections at a time.
+    pub max_connections: usize,
+    /// Client connections at a time from one address.
+    pub max_connections_per_address: usize,
+    /// How long a request waits for a microVM to wake.
+    pub hold: Duration,
+    /// From the first byte of a connection (or of a kept-alive request) to the end of its header.
+    pub header_deadline: Duration,
+    /// From accept to the end of the TLS handshake.
+    pub handshake_deadline: Duration,
+    /// How long running requests may go on after SIGTERM.
+    pub grace: Duration,
+}
+
+/// The control API and the S3 endpoint.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Api {
+    /// Plain HTTP listener.
+    pub listen: SocketAddr,
+    /// Whether `file://` artifacts of this host are taken.
+    pub allow_file_artifacts: bool,
+}
+
+/// Metrics and health.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Admin {
+    /// Plain HTTP listener.
+    pub listen: SocketAddr,
+}
+
+/// Which engine, and how QEMU is run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Engine {
+    /// What was asked for.
+    pub kind: EngineKind,
+    /// The QEMU program: a path, or a name looked up in PATH.
+    pub qemu: PathBuf,
+    /// QEMU's accelerator.
+    pub accelerator: Accelerator,
+    /// Processes that wait ready for the next launch or wake.
+    pub ready_processes: usize,
+}
+
+/// What runs microVMs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EngineKind {
+    /// The best one that this host can run.
+    Auto,
+    /// QEMU.
+    Qemu,
+}
+
+/// QEMU's accelerator.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Accelerator {
+    /// Software emulation, everywhere.
+    Tcg,
+    /// Hardware virtualisation.
+    Kvm,
+}
+
+/// What guests are made of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Guest {
+    /// A Debian `linux-image-*-cloud-*` package, unpacked (`make setup`).
+    pub kernel_dir: PathBuf,
+    /// The guest agent, a static binary; `None`: beside the `dormouse` binary.
+    pub agent: Option<PathBuf>,
+    /// Base images and build caches, shared by all nodes of the host.
+    pub base_dir: PathBuf,
+}
+
+/// The idle controller.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Lifecycle {
+    /// Launches and wakes at a time.
+    pub max_concurrent_starts: usize,
+    /// Requests that may wait for one microVM.
+    pub max_waiting_per_microvm: usize,
+    /// microVMs that are not terminated.
+    pub max_microvms: usize,
+    /// How long a terminated microVM stays readable.
+    pub keep_terminated: Duration,
+    /// The least maxIdleDurationSeconds that the API takes. AWS: 60.
+    pub least_idle: Duration,
+}
+
+/// Image builds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Build {
+    /// Builds at a time; more wait.
+    pub max_concurrent: usize,
+    /// How long the app has to listen on a port.
+    pub ready_timeout: Duration,
+    /// How long the container build has.
+    pub timeout: Duration,
+}
+
+/// What is logged.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Log {
+    /// A `tracing` filter such as `info` or `info,gateway=debug`.
+    pub filter: String,
+    /// JSON lines instead of text.
+    pub json: bool,
+}
+
+impl Config {
+    /// The defaults.
+    pub fn defaults() -> Self {
+        Self::parse("").expect("the empty text has no problem: every key has a default")
+    }
+
+    /// Reads a file; `None` means the defaults.
+    pub fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
+        let Some(path) = path else { return Ok(Self::defaults()) };
+        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        Self::parse(&text).map_err(|problems| ConfigError::Problems { path: path.to_owned(), problems })
+    }
+
+    /// Reads a text and checks all of it.
+    pub fn parse(text: &str) -> Result<Self, Vec<Problem>> {
+        let mut reader = Reader::new(text)?;
+        let config = Self::read(&mut reader);
+        let problems = reader.finish();
+        if problems.is_empty() { Ok(config) } else { Err(problems) }
+    }
+
+    /// A file with every key, its default and what it means.
+    pub fn example() -> String {
+        let mut reader = Reader::new("").expect("the empty text parses");
+        Self::read(&mut reader);
+        reader.example()
+    }
+
+    fn read(r: &mut Reader) -> Self {
+        let cache = cache_dir();
+        let local = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+        Self {
+            node: r.section("node", |s| Node {
+                data_dir: s.path("data_dir", "./data", "Everything that survives a restart."),
+                region: s.text("region", "us-east-1", "Region in ARNs, signatures and the guest's AWS_REGION.", |text| {
+                    let fits = (1..=32).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
+                    fits.then_some(()).ok_or("1–32 of a–z 0–9 -")
+                }),
+                account: s.text("account", "000000000000", "Account in ARNs.", |text| {
+                    (text.len() == 12 && text.bytes().all(|b| b.is_ascii_digit())).then_some(()).ok_or("12 digits")
+                }),
+            }),
+            edge: r.section("edge", |s| Edge {
+                listen: s.address("listen", local(8443), "Where clients connect (TLS, HTTP/1.1 and HTTP/2). Port 0 picks a free one."),
+                domain_suffix: s.text("domain_suffix", "microvm.localhost", "Endpoints are <uuid>.<domain_suffix>.", domain),
+                max_connections: s.count("max_connections", 10_000, 1..=1_000_000, "Client connections at a time."),
+                max_connections_per_address: s.count("max_connections_per_address", 4_000, 1..=1_000_000, "Client connections at a time from one address."),
+                hold: s.seconds("hold_secs", 60, 1..=3_600, "How long a request waits for a microVM to wake."),
+                header_deadline: s.seconds("header_deadline_secs", 30, 1..=600, "How long a client may take to send one request header."),
+                handshake_deadline: s.seconds("handshake_deadline_secs", 10, 1..=600, "How long a TLS handshake may take."),
+                grace: s.seconds("grace_secs", 30, 0..=3_600, "How long running requests may go on after SIGTERM."),
+            }),
+            api: r.section("api", |s| Api {
+                listen: s.address("listen", local(9000), "Control API and S3 endpoint (plain HTTP; keep it on a trusted network)."),
+                allow_file_artifacts: s.switch("allow_file_artifacts", true, "Whether an image may be built from a file:// path of this host."),
+            }),
+            admin: r.section("admin", |s| Admin {
+                listen: s.address("listen", local(9090), "/metrics, /healthz, /readyz."),
+            }),
+            engine: r.section("engine", |s| Engine {
+                kind: s.choice("kind", &[("auto", EngineKind::Auto), ("qemu", EngineKind::Qemu)], "What runs microVMs. auto: the best that this host can run."),
+                qemu: s.path("qemu", "qemu-system-x86_64", "The QEMU program."),
+                accelerator: s.choice("accelerator", &[("tcg", Accelerator::Tcg), ("kvm", Accelerator::Kvm)], "QEMU's accelerator. tcg runs everywhere; kvm needs hardware virtualisation."),
+                ready_processes: s.count("ready_processes", 4, 0..=64, "QEMU processes that wait ready for the next launch or wake."),
+            }),
+            guest: r.section("guest", |s| Guest {
+                kernel_dir: s.path("kernel_dir", &cache.join("kernel").to_string_lossy(), "A Debian linux-image-*-cloud-* package, unpacked (make setup)."),
+                agent: s.optional_path("agent", "The guest agent (static binary). Default: beside the dormouse binary."),
+                base_dir: s.path("base_dir", &cache.join("base").to_string_lossy(), "Base images and build caches."),
+            }),
+            lifecycle: r.section("lifecycle", |s| Lifecycle {
+                max_concurrent_starts: s.count("max_concurrent_starts", 4, 1..=1_024, "Launches and wakes at a time; more wait their turn."),
+                max_waiting_per_microvm: s.count("max_waiting_per_microvm", 1_024, 1..=1_000_000, "Requests that may wait for one sleeping microVM."),
+                max_microvms: s.count("max_microvms", 1_000, 1..=1_000_000, "microVMs that are not terminated."),
+                keep_terminated: s.seconds("keep_terminated_secs", 86_400, 0..=31_536_000, "How long a terminated microVM stays readable."),
+                least_idle: s.seconds("least_idle_secs", 60, 1..=28_800, "The least maxIdleDurationSeconds that RunMicrovm takes (AWS: 60)."),
+            }),
+            build: r.section("build", |s| Build {
+                max_concurrent: s.count("max_concurrent", 2, 1..=64, "Image builds at a time; more wait."),
+                ready_timeout: s.seconds("ready_timeout_secs", 180, 1..=3_600, "How long the app has to listen on a port."),
+                timeout: s.seconds("timeout_secs", 1_800, 1..=86_400, "How long the container build has."),
+            }),
+            log: r.section("log", |s| Log {
+                filter: s.text("filter", "info", "A tracing filter such as \"info\" or \"info,gateway=debug\".", |_| Ok(())),
+                json: s.switch("json", false, "JSON lines instead of text."),
+            }),
+        }
+    }
+}
+
+/// What is shared by all nodes and checkouts of a host: `$XDG_CACHE_HOME/dormouse` or `~/.cache/dormouse`.
+pub fn cache_dir() -> PathBuf {
+    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    set("XDG_CACHE_HOME")
+        .or_else(|| set("HOME").map(|home| home.join(".cache")))
+        .unwrap_or_else(|| PathBuf::from("/var/cache"))
+        .join("dormouse")
+}
+
+/// A lower-case DNS name of at least one label.
+fn domain(text: &str) -> Result<(), &'static str> {
+    let label = |label: &str| {
+        (1..=63).contains(&label.len())
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+            && label.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+    };
+    // 253 is the longest name (RFC 1035 §2.3.4), less the endpoint's uuid and its dot.
+    (text.len() <= 253 - 37 && text.split('.').all(label)).then_some(()).ok_or("a lower-case DNS name")
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,69 @@
+use std::time::Duration;
+
+use crate::{Accelerator, Config, ConfigError};
+
+fn problems(text: &str) -> Vec<String> {
+    Config::parse(text).expect_err("this text has problems").iter().map(ToString::to_string).collect()
+}
+
+#[test]
+fn the_empty_text_gives_the_documented_surfaces() {
+    let config = Config::defaults();
+    assert_eq!(config.edge.listen.to_string(), "127.0.0.1:8443");
+    assert_eq!(config.api.listen.to_string(), "127.0.0.1:9000");
+    assert_eq!(config.admin.listen.to_string(), "127.0.0.1:9090");
+    assert_eq!(config.node.data_dir.to_str(), Some("./data"));
+    assert_eq!(config.edge.domain_suffix, "microvm.localhost");
+}
+
+#[test]
+fn values_replace_defaults() {
+    let config = Config::parse("[edge]\nlisten = \"[::1]:443\"\nhold_secs = 5\n[engine]\naccelerator = \"kvm\"\n[guest]\nagent = \"/a\"\n").unwrap();
+    assert_eq!(config.edge.listen.port(), 443);
+    assert_eq!(config.edge.hold, Duration::from_secs(5));
+    assert_eq!(config.engine.accelerator, Accelerator::Kvm);
+    assert_eq!(config.guest.agent.as_deref(), Some("/a".as_ref()));
+}
+
+#[test]
+fn every_problem_is_reported_with_its_key() {
+    let found = problems("[edge]\nlistne = \"127.0.0.1:1\"\nhold_secs = 0\ndomain_suffix = \"Not a name\"\n[lifecycel]\nx = 1\n[api]\nlisten = 9000\n[node]\naccount = \"12\"\n");
+    let expected = [
+        "node.account: is \"12\", but must be 12 digits",
+        "edge.domain_suffix: is \"Not a name\", but must be a lower-case DNS name",
+        "edge.hold_secs: is 0, but must be a whole number from 1 to 3600",
+        "edge.listne: there is no such key; did you mean `listen`?",
+        "api.listen: is 9000, but must be an address such as \"127.0.0.1:8443\"",
+        "lifecycel: there is no such section; did you mean [lifecycle]?",
+    ];
+    assert_eq!(found, expected);
+}
+
+#[test]
+fn what_is_no_section_is_named() {
+    assert_eq!(problems("edge = 1")[0], "edge: is integer, but must be a section [edge]");
+    assert_eq!(problems("colour = 1")[0], "colour: there is no such key at the top; every key belongs to a section");
+    assert!(problems("[edge\n")[0].starts_with("this is not TOML: "));
+}
+
+#[test]
+fn the_example_names_every_key_and_parses_when_uncommented() {
+    let example = Config::example();
+    let uncommented: String = example
+        .lines()
+        .filter(|line| !line.is_empty() && !line.ends_with("= "))
+        .filter_map(|line| match line.strip_prefix("# ") {
+            Some(setting) if setting.split_once(" = ").is_some_and(|(key, _)| key.bytes().all(|b| b.is_ascii_lowercase() || b == b'_')) => Some(format!("{setting}\n")),
+            Some(_) => None,
+            None => Some(format!("{line}\n")),
+        })
+        .collect();
+    assert_eq!(Config::parse(&uncommented), Ok(Config::defaults()), "{uncommented}");
+}
+
+#[test]
+fn a_file_that_is_not_there_is_named() {
+    let error = Config::load(Some("/nowhere/dormouse.toml".as_ref())).unwrap_err();
+    assert!(matches!(error, ConfigError::Read { .. }));
+    assert_eq!(error.to_string(), "the configuration /nowhere/dormouse.toml cannot be read");
+}

@@ -1,0 +1,206 @@
+//! The inputs of the operations, as constraints: a transcript of AWS's model of API version 2025-09-09.
+//!
+//! Path labels and query parameters are members like those of the body, as in the model.
+
+use crate::shape::{Member, Pattern, Shape, optional, required};
+
+const ANY: i64 = i32::MAX as i64;
+const UNBOUNDED: usize = usize::MAX;
+
+const fn text(min: usize, max: usize) -> Shape {
+    Shape::Text { min, max, pattern: None, secret: false }
+}
+
+const fn matching(min: usize, max: usize, text: &'static str, fits: fn(&str) -> bool) -> Shape {
+    Shape::Text { min, max, pattern: Some(Pattern { text, fits }), secret: false }
+}
+
+fn no_blanks(text: &str) -> bool {
+    !text.is_empty() && !text.contains(char::is_whitespace)
+}
+
+fn image_name(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_')
+}
+
+/// `arn:aws[a-z\-]*:iam::[0-9]{12}:role/?[a-zA-Z_0-9+=,.@\-_/]+`
+fn role_arn(text: &str) -> bool {
+    let Some((partition, rest)) = text.strip_prefix("arn:aws").and_then(|rest| rest.split_once(":iam::")) else { return false };
+    let Some((account, role)) = rest.split_once(':') else { return false };
+    let Some(name) = role.strip_prefix("role") else { return false };
+    partition.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'-')
+        && account.len() == 12
+        && account.bytes().all(|byte| byte.is_ascii_digit())
+        && !name.is_empty()
+        && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_+=,.@-/".contains(&byte))
+}
+
+/// Letters, blanks and digits of every script are in the classes L, Z and N of the model.
+fn tag(text: &str) -> bool {
+    text.chars().all(|c| c.is_alphanumeric() || (c.is_whitespace() && !c.is_control()) || "_.:/=+-@".contains(c))
+}
+
+fn log_group(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-/.#".contains(&byte))
+}
+
+fn log_stream(text: &str) -> bool {
+    !text.contains([':', '*'])
+}
+
+static FREE_TEXT: Shape = text(0, UNBOUNDED);
+static NON_BLANK: Shape = matching(1, 2048, r"[^\s]+", no_blanks);
+static VERSION: Shape = matching(1, 2048, r"[^\s]+", no_blanks);
+static ROLE_ARN: Shape = matching(20, 2048, r"arn:aws[a-z\-]*:iam::[0-9]{12}:role/?[a-zA-Z_0-9+=,.@\-_/]+", role_arn);
+static IDENTIFIER: Shape = text(1, 256);
+static CLIENT_TOKEN: Shape = text(1, 128);
+static IMAGE_NAME: Shape = matching(1, 64, "[a-zA-Z0-9-_]+", image_name);
+static CONNECTOR: Shape = text(1, 2048);
+static CONNECTORS: Shape = Shape::List { of: &CONNECTOR, min: 0, max: 10 };
+static ONE_CONNECTOR: Shape = Shape::List { of: &CONNECTOR, min: 0, max: 1 };
+static POSITIVE: Shape = Shape::Integer { min: 1, max: ANY };
+static PORT: Shape = Shape::Integer { min: 1, max: 65_535 };
+static PAGE_SIZE: Shape = Shape::Integer { min: 1, max: 50 };
+static BOOLEAN: Shape = Shape::Boolean;
+static UNIT: Shape = Shape::Structure(&[]);
+
+static CLOUD_WATCH: Shape = Shape::Structure(&[
+    optional("logGroup", &matching(1, 512, r"[a-zA-Z0-9_\-/.#]+", log_group)),
+    optional("logStream", &matching(1, 512, "[^:*]*", log_stream)),
+]);
+static LOGGING: Shape = Shape::Union(&[optional("disabled", &UNIT), optional("cloudWatch", &CLOUD_WATCH)]);
+
+static IDLE_POLICY: Shape = Shape::Structure(&[
+    required("maxIdleDurationSeconds", &Shape::Integer { min: 1, max: ANY }),
+    required("suspendedDurationSeconds", &Shape::Integer { min: 0, max: ANY }),
+    required("autoResumeEnabled", &BOOLEAN),
+]);
+
+static PORT_SPECIFICATION: Shape = Shape::Union(&[
+    optional("port", &PORT),
+    optional("range", &Shape::Structure(&[required("startPort", &PORT), required("endPort", &PORT)])),
+    optional("allPorts", &UNIT),
+]);
+
+static HOOK_STATE: Shape = Shape::Enum(&["DISABLED", "ENABLED"]);
+static SHORT_TIMEOUT: Shape = Shape::Integer { min: 1, max: 60 };
+static LONG_TIMEOUT: Shape = Shape::Integer { min: 1, max: 3600 };
+static HOOKS: Shape = Shape::Structure(&[
+    optional("port", &PORT),
+    optional(
+        "microvmHooks",
+        &Shape::Structure(&[
+            optional("run", &HOOK_STATE),
+            optional("runTimeoutInSeconds", &SHORT_TIMEOUT),
+            optional("resume", &HOOK_STATE),
+            optional("resumeTimeoutInSeconds", &SHORT_TIMEOUT),
+            optional("suspend", &HOOK_STATE),
+            optional("suspendTimeoutInSeconds", &SHORT_TIMEOUT),
+            optional("terminate", &HOOK_STATE),
+            optional("terminateTimeoutInSeconds", &SHORT_TIMEOUT),
+        ]),
+    ),
+    optional(
+        "microvmImageHooks",
+        &Shape::Structure(&[
+            optional("ready", &HOOK_STATE),
+            optional("readyTimeoutInSeconds", &LONG_TIMEOUT),
+            optional("validate", &HOOK_STATE),
+            optional("validateTimeoutInSeconds", &LONG_TIMEOUT),
+        ]),
+    ),
+]);
+
+static ARCHITECTURE: Shape = Shape::Enum(&["ARM_64", "X86_64"]);
+static CPU_CONFIGURATIONS: Shape =
+    Shape::List { of: &Shape::Structure(&[required("architecture", &ARCHITECTURE)]), min: 0, max: UNBOUNDED };
+static RESOURCES: Shape =
+    Shape::List { of: &Shape::Structure(&[required("minimumMemoryInMiB", &Shape::Integer { min: -ANY, max: ANY })]), min: 0, max: 1 };
+static CAPABILITIES: Shape = Shape::List { of: &Shape::Enum(&["ALL"]), min: 0, max: UNBOUNDED };
+static ENVIRONMENT: Shape = Shape::Map {
+    key: &matching(1, 256, r"[^\s]+", no_blanks),
+    value: &Shape::Text { min: 0, max: 4096, pattern: None, secret: true },
+    max: 100,
+};
+static TAGS: Shape = Shape::Map {
+    key: &matching(1, 128, r"([\p{L}\p{Z}\p{N}_.:/=+\-@]*)", tag),
+    value: &matching(0, 256, r"([\p{L}\p{Z}\p{N}_.:/=+\-@]*)", tag),
+    max: UNBOUNDED,
+};
+
+const MICROVM: Member = required("microvmIdentifier", &IDENTIFIER);
+const IMAGE: Member = required("imageIdentifier", &IDENTIFIER);
+const MAX_RESULTS: Member = optional("maxResults", &PAGE_SIZE);
+const NEXT_TOKEN: Member = optional("nextToken", &FREE_TEXT);
+
+/// GetMicrovm, SuspendMicrovm, ResumeMicrovm, TerminateMicrovm.
+pub(crate) static MICROVM_INPUT: Shape = Shape::Structure(&[MICROVM]);
+
+pub(crate) static LIST_MICROVMS: Shape =
+    Shape::Structure(&[MAX_RESULTS, NEXT_TOKEN, optional("imageIdentifier", &IDENTIFIER), optional("imageVersion", &FREE_TEXT)]);
+
+pub(crate) static RUN_MICROVM: Shape = Shape::Structure(&[
+    optional("ingressNetworkConnectors", &CONNECTORS),
+    optional("egressNetworkConnectors", &CONNECTORS),
+    IMAGE,
+    optional("imageVersion", &VERSION),
+    optional("executionRoleArn", &ROLE_ARN),
+    optional("idlePolicy", &IDLE_POLICY),
+    optional("logging", &LOGGING),
+    optional("runHookPayload", &Shape::Text { min: 0, max: 4096, pattern: None, secret: true }),
+    optional("maximumDurationInSeconds", &Shape::Integer { min: 1, max: 28_800 }),
+    optional("clientToken", &CLIENT_TOKEN),
+]);
+
+pub(crate) static CREATE_AUTH_TOKEN: Shape = Shape::Structure(&[
+    MICROVM,
+    required("expirationInMinutes", &POSITIVE),
+    required("allowedPorts", &Shape::List { of: &PORT_SPECIFICATION, min: 1, max: UNBOUNDED }),
+]);
+
+pub(crate) static CREATE_SHELL_AUTH_TOKEN: Shape = Shape::Structure(&[MICROVM, required("expirationInMinutes", &POSITIVE)]);
+
+pub(crate) static CREATE_IMAGE: Shape = Shape::Structure(&[
+    required("baseImageArn", &NON_BLANK),
+    optional("baseImageVersion", &VERSION),
+    required("buildRoleArn", &ROLE_ARN),
+    optional("description", &FREE_TEXT),
+    required("codeArtifact", &Shape::Union(&[optional("uri", &NON_BLANK)])),
+    optional("logging", &LOGGING),
+    optional("egressNetworkConnectors", &ONE_CONNECTOR),
+    optional("cpuConfigurations", &CPU_CONFIGURATIONS),
+    optional("resources", &RESOURCES),
+    optional("additionalOsCapabilities", &CAPABILITIES),
+    optional("hooks", &HOOKS),
+    optional("environmentVariables", &ENVIRONMENT),
+    required("name", &IMAGE_NAME),
+    optional("tags", &TAGS),
+    optional("clientToken", &CLIENT_TOKEN),
+]);
+
+pub(crate) static IMAGE_INPUT: Shape = Shape::Structure(&[IMAGE]);
+
+pub(crate) static LIST_IMAGES: Shape = Shape::Structure(&[MAX_RESULTS, NEXT_TOKEN, optional("nameFilter", &NON_BLANK)]);
+
+/// ListMicrovmImageVersions, ListManagedMicrovmImageVersions.
+pub(crate) static LIST_OF_IMAGE: Shape = Shape::Structure(&[MAX_RESULTS, NEXT_TOKEN, IMAGE]);
+
+pub(crate) static LIST_MANAGED_IMAGES: Shape = Shape::Structure(&[MAX_RESULTS, NEXT_TOKEN]);
+
+pub(crate) static IMAGE_VERSION_INPUT: Shape = Shape::Structure(&[IMAGE, required("imageVersion", &NON_BLANK)]);
+
+pub(crate) static LIST_BUILDS: Shape = Shape::Structure(&[
+    MAX_RESULTS,
+    NEXT_TOKEN,
+    IMAGE,
+    required("imageVersion", &NON_BLANK),
+    optional("architecture", &ARCHITECTURE),
+    optional("chipset", &Shape::Enum(&["GRAVITON", "INTEL"])),
+    optional("chipsetGeneration", &NON_BLANK),
+]);
+
+pub(crate) static GET_BUILD: Shape =
+    Shape::Structure(&[IMAGE, required("imageVersion", &NON_BLANK), required("buildId", &NON_BLANK)]);
+
+/// Operations that are refused whatever they ask.
+pub(crate) static NOTHING: Shape = Shape::Structure(&[]);

@@ -1,0 +1,118 @@
+//! The operations, one file each, and what several of them share.
+//!
+//! An operation gets its input after it was checked against the model; what is left for it to check is what the model
+//! cannot say.
+
+mod create_auth_token;
+mod create_image;
+mod get_image;
+mod get_image_build;
+mod get_image_version;
+mod get_microvm;
+mod image_body;
+mod list_image_builds;
+mod list_image_versions;
+mod list_images;
+mod list_managed_images;
+mod list_managed_versions;
+mod list_microvms;
+mod microvm_body;
+mod resume_microvm;
+mod run_microvm;
+mod suspend_microvm;
+mod terminate_microvm;
+
+use idle_controller::{MicrovmHandle, Refused};
+use model::MicrovmState;
+use serde::{Deserialize, de::DeserializeOwned};
+use serde_json::Value;
+
+use crate::{
+    ApiConfig, Parts,
+    arn::Place,
+    client_tokens::ClientTokens,
+    reply::{Answer, ApiError, ErrorKind},
+    routes::Operation,
+};
+
+/// What operations work with.
+pub(crate) struct Api {
+    pub(crate) config: ApiConfig,
+    pub(crate) place: Place,
+    pub(crate) parts: Parts,
+    pub(crate) client_tokens: ClientTokens,
+}
+
+/// Does what was asked.
+pub(crate) async fn call(api: &Api, operation: Operation, input: Value) -> Result<Answer, ApiError> {
+    match operation {
+        Operation::RunMicrovm => run_microvm::call(api, input).await,
+        Operation::ListMicrovms => list_microvms::call(api, input),
+        Operation::GetMicrovm => get_microvm::call(api, input),
+        Operation::TerminateMicrovm => terminate_microvm::call(api, input).await,
+        Operation::SuspendMicrovm => suspend_microvm::call(api, input).await,
+        Operation::ResumeMicrovm => resume_microvm::call(api, input).await,
+        Operation::CreateMicrovmAuthToken => create_auth_token::call(api, input),
+        Operation::CreateMicrovmImage => create_image::call(api, input).await,
+        Operation::ListMicrovmImages => list_images::call(api, input),
+        Operation::GetMicrovmImage => get_image::call(api, input),
+        Operation::ListMicrovmImageVersions => list_image_versions::call(api, input),
+        Operation::GetMicrovmImageVersion => get_image_version::call(api, input),
+        Operation::ListMicrovmImageBuilds => list_image_builds::call(api, input),
+        Operation::GetMicrovmImageBuild => get_image_build::call(api, input),
+        Operation::ListManagedMicrovmImages => list_managed_images::call(api, input),
+        Operation::ListManagedMicrovmImageVersions => list_managed_versions::call(api, input),
+        Operation::CreateMicrovmShellAuthToken
+        | Operation::UpdateMicrovmImage
+        | Operation::DeleteMicrovmImage
+        | Operation::UpdateMicrovmImageVersion
+        | Operation::DeleteMicrovmImageVersion
+        | Operation::ListTags
+        | Operation::TagResource
+        | Operation::UntagResource => {
+            Err(ApiError::validation(format!("This node does not offer {} yet. Nothing was changed.", operation.name())))
+        }
+    }
+}
+
+/// The input as a type. The model was checked before, so a failure is a mistake of ours.
+fn read<T: DeserializeOwned>(input: Value) -> Result<T, ApiError> {
+    serde_json::from_value(input).map_err(|cause| ApiError::internal("reading a request that fits the model", &cause))
+}
+
+/// GetMicrovm, SuspendMicrovm, ResumeMicrovm, TerminateMicrovm.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct OneMicrovm {
+    microvm_identifier: String,
+}
+
+/// The microVM an identifier names.
+fn find_microvm(api: &Api, identifier: &str) -> Result<MicrovmHandle, ApiError> {
+    let handle = identifier.parse().ok().and_then(|id| api.parts.controller.find(id));
+    handle.ok_or_else(|| ApiError::not_found(format!("MicroVM not found: {identifier}")))
+}
+
+fn named_microvm(api: &Api, input: Value) -> Result<MicrovmHandle, ApiError> {
+    find_microvm(api, &read::<OneMicrovm>(input)?.microvm_identifier)
+}
+
+/// AWS's words for changing what has ended (aws-behaviour §3.4).
+fn terminated(handle: &MicrovmHandle) -> ApiError {
+    ApiError::validation(format!("The MicroVM {} has been terminated and its state cannot be changed.", handle.id()))
+}
+
+fn has_ended(handle: &MicrovmHandle) -> bool {
+    matches!(handle.view().state, MicrovmState::Terminating | MicrovmState::Terminated)
+}
+
+/// What the caller of a suspend or resume reads when it was not done.
+fn refused(handle: &MicrovmHandle, refusal: &Refused) -> ApiError {
+    match refusal {
+        Refused::Terminated => terminated(handle),
+        Refused::Busy => ApiError::new(ErrorKind::Throttling, "Too many requests wait for this MicroVM. Try again."),
+        Refused::Asleep | Refused::StartFailed { .. } | Refused::TimedOut { .. } | Refused::SuspendFailed { .. } => {
+            ApiError::new(ErrorKind::Internal, format!("{}: {refusal}", handle.id()))
+        }
+    }
+}

@@ -1,0 +1,130 @@
+//! CreateMicrovmAuthToken: a token for some ports of one microVM (aws-behaviour §2).
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use model::{MicrovmState, Port, PortRange, PortScope};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use token::{Claims, MAX_PORT_RANGES};
+
+use super::{Api, find_microvm, read};
+use crate::reply::{Answer, ApiError};
+
+/// The header that carries a token.
+const HEADER: &str = "X-aws-proxy-auth";
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Input {
+    microvm_identifier: String,
+    expiration_in_minutes: u64,
+    allowed_ports: Vec<Specification>,
+}
+
+/// One of three; the model says that exactly one is set.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Specification {
+    port: Option<Port>,
+    range: Option<Range>,
+    all_ports: Option<Value>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Range {
+    start_port: Port,
+    end_port: Port,
+}
+
+pub(super) fn call(api: &Api, input: Value) -> Result<Answer, ApiError> {
+    let input: Input = read(input)?;
+    let longest = token::MAX_LIFETIME.as_secs() / 60;
+    if input.expiration_in_minutes > longest {
+        return Err(ApiError::validation(format!("ExpirationMinutes {} exceeded max allowed of {longest}.", input.expiration_in_minutes)));
+    }
+    let ports = scope(&input.allowed_ports)?;
+    let handle = find_microvm(api, &input.microvm_identifier)?;
+    if handle.view().state == MicrovmState::Terminated {
+        return Err(ApiError::validation(format!("The MicroVM {} has been terminated and has no endpoint any more.", handle.id())));
+    }
+    let issued_at = whole_seconds(api.parts.clock.wall());
+    let claims = Claims {
+        microvm: handle.id(),
+        ports,
+        shell: false,
+        issued_at,
+        expires_at: issued_at + Duration::from_secs(input.expiration_in_minutes * 60),
+    };
+    Ok(Answer::ok(json!({"authToken": {HEADER: api.parts.tokens.mint(&claims)}})))
+}
+
+fn whole_seconds(time: SystemTime) -> SystemTime {
+    UNIX_EPOCH + Duration::from_secs(time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs())
+}
+
+/// The union of the specifications: ranges in order, those that touch as one.
+fn scope(specifications: &[Specification]) -> Result<PortScope, ApiError> {
+    let mut ranges = Vec::new();
+    for (number, specification) in (1..).zip(specifications) {
+        if specification.all_ports.is_some() {
+            return Ok(PortScope::All);
+        }
+        let single = specification.port.map(|port| PortRange { first: port, last: port });
+        let range = specification.range.as_ref().map(|range| PortRange { first: range.start_port, last: range.end_port });
+        if range.is_some_and(|range| range.first > range.last) {
+            return Err(ApiError::validation(format!(
+                "1 validation error detected: Value at 'allowedPorts.{number}.member.range' failed to satisfy constraint: Member must have \
+                 startPort less than or equal to endPort"
+            )));
+        }
+        ranges.extend(single.or(range));
+    }
+    ranges.sort_by_key(|range| (range.first, range.last));
+    let mut union: Vec<PortRange> = Vec::new();
+    for range in ranges {
+        match union.last_mut() {
+            Some(before) if range.first.get() <= before.last.get().saturating_add(1) => before.last = before.last.max(range.last),
+            _ => union.push(range),
+        }
+    }
+    if union.len() > MAX_PORT_RANGES {
+        return Err(ApiError::validation(format!(
+            "1 validation error detected: Value at 'allowedPorts' failed to satisfy constraint: Member must have at most {MAX_PORT_RANGES} \
+             separate ports or ranges"
+        )));
+    }
+    Ok(PortScope::Ranges(union))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn scope_of(ports: Value) -> Result<Vec<(u16, u16)>, ApiError> {
+        match scope(&read::<Vec<Specification>>(ports)?)? {
+            PortScope::All => Ok(vec![(0, 0)]),
+            PortScope::Ranges(ranges) => Ok(ranges.iter().map(|range| (range.first.get(), range.last.get())).collect()),
+        }
+    }
+
+    #[test]
+    fn specifications_are_united() {
+        let range = |a, b| json!({"range": {"startPort": a, "endPort": b}});
+        for (ports, expected) in [
+            (json!([{"port": 8080}]), vec![(8080, 8080)]),
+            (json!([{"allPorts": {}}]), vec![(0, 0)]),
+            (json!([{"port": 1}, {"allPorts": {}}]), vec![(0, 0)]),
+            (json!([range(3000, 3005), {"port": 3006}, range(3004, 3004), {"port": 80}]), vec![(80, 80), (3000, 3006)]),
+            (json!([range(1, 65535), {"port": 65535}]), vec![(1, 65535)]),
+            (json!([range(65535, 65535), {"port": 65535}]), vec![(65535, 65535)]),
+            (json!([{"port": 1}, {"port": 3}]), vec![(1, 1), (3, 3)]),
+        ] {
+            assert_eq!(scope_of(ports.clone()).unwrap(), expected, "{ports}");
+        }
+        assert!(scope_of(json!([range(2, 1)])).is_err());
+        let holes = |n: u16| (0..n).map(|n| json!({"port": 2 * n + 1})).collect::<Value>();
+        assert_eq!(scope_of(holes(384)).unwrap().len(), 384);
+        assert!(scope_of(holes(385)).is_err());
+    }
+}

@@ -1,0 +1,166 @@
+//! CreateMicrovmImage: starts building version 1.0 of a new image (aws-behaviour §5.1).
+
+use std::collections::BTreeMap;
+
+use image_builder::{BuildRequest, CatalogError};
+use model::{ImageName, ImageVersion, MemorySize};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::{
+    Api,
+    image_body::{self, Remembered},
+    read,
+};
+use crate::{
+    arn::MANAGED_VERSIONS,
+    artifact,
+    client_tokens::Call,
+    reply::{Answer, ApiError},
+};
+
+/// What this node builds for.
+pub(super) const ARCHITECTURE: &str = "X86_64";
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Input {
+    name: ImageName,
+    base_image_arn: String,
+    base_image_version: Option<String>,
+    code_artifact: CodeArtifact,
+    egress_network_connectors: Option<Vec<String>>,
+    cpu_configurations: Option<Vec<CpuConfiguration>>,
+    resources: Option<Vec<Resources>>,
+    hooks: Option<Value>,
+    environment_variables: Option<BTreeMap<String, String>>,
+    client_token: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct CodeArtifact {
+    uri: String,
+}
+
+#[derive(Deserialize)]
+struct CpuConfiguration {
+    architecture: String,
+}
+
+#[derive(Deserialize)]
+struct Resources {
+    #[serde(rename = "minimumMemoryInMiB")]
+    minimum_memory_in_mib: i64,
+}
+
+pub(super) async fn call(api: &Api, input: Value) -> Result<Answer, ApiError> {
+    let parsed: Input = read(input.clone())?;
+    let Some(token) = parsed.client_token.clone() else {
+        return create(api, parsed, input).await;
+    };
+    let call = Call::new("CreateMicrovmImage", &token, &input, api.parts.clock.wall());
+    let name = parsed.name.clone();
+    let done_before = || {
+        let record = api.parts.images.find(&name, ImageVersion::FIRST)?;
+        let same = Remembered::of(&record).input["clientToken"] == token.as_str();
+        same.then(|| Answer::created(image_body::created(api, &record)))
+    };
+    api.client_tokens.once(call, done_before, create(api, parsed, input)).await
+}
+
+async fn create(api: &Api, parsed: Input, mut input: Value) -> Result<Answer, ApiError> {
+    let base_version = base(api, &parsed)?;
+    let memory = memory(&parsed)?;
+    hooks(&parsed)?;
+    if let Some(other) = parsed.cpu_configurations.iter().flatten().find(|cpu| cpu.architecture != ARCHITECTURE) {
+        return Err(ApiError::validation(format!(
+            "cpuConfigurations: this node builds {ARCHITECTURE} images and not {}; leave the member out or ask for {ARCHITECTURE}",
+            other.architecture
+        )));
+    }
+    for arn in parsed.egress_network_connectors.iter().flatten() {
+        api.place.connector(arn, &["INTERNET_EGRESS"])?;
+    }
+    let mut environment = parsed.environment_variables.unwrap_or_default();
+    if let Some(name) = environment.keys().find(|name| name.contains(['=', '\0'])) {
+        return Err(ApiError::validation(format!("environmentVariables: '{name}' cannot be the name of a variable")));
+    }
+    if let Some((name, _)) = environment.iter().find(|(_, value)| value.contains('\0')) {
+        return Err(ApiError::validation(format!("environmentVariables: the value of '{name}' contains a NUL")));
+    }
+    environment.extend(identity(api, &parsed.name, ImageVersion::FIRST));
+    let located = artifact::locate(&parsed.code_artifact.uri, &api.config.s3_dir, api.config.allow_file_artifacts)?;
+    // What the caller left to us is remembered as decided, so that every later answer says the same.
+    input["baseImageArn"] = json!(api.place.managed_image_arn());
+    input["baseImageVersion"] = json!(base_version);
+    input["resources"] = json!([{"minimumMemoryInMiB": memory.mib()}]);
+    input["cpuConfigurations"] = json!([{"architecture": ARCHITECTURE}]);
+    if parsed.egress_network_connectors.is_none_or(|connectors| connectors.is_empty()) {
+        input["egressNetworkConnectors"] = json!([api.place.connector_arn("INTERNET_EGRESS")]);
+    }
+    let remembered = Remembered { input, missing: located.missing.map(str::to_owned) };
+    let request = BuildRequest {
+        name: parsed.name,
+        artifact: located.artifact,
+        memory,
+        environment,
+        request: serde_json::to_value(remembered).map_err(|cause| ApiError::internal("writing down a request", &cause))?,
+    };
+    match api.parts.images.create(request).await {
+        Ok(record) => Ok(Answer::created(image_body::created(api, &record))),
+        Err(taken @ CatalogError::NameTaken(_)) => Err(ApiError::validation(taken.to_string())),
+        Err(error) => Err(ApiError::internal("starting the build", &error)),
+    }
+}
+
+/// The variables every guest has (aws-behaviour §5.3); they are baked into the image and told again at every restore.
+pub(super) fn identity(api: &Api, image: &ImageName, version: ImageVersion) -> BTreeMap<String, String> {
+    BTreeMap::from([
+        ("AWS_LAMBDA_MICROVM_IMAGE_NAME".to_owned(), image.to_string()),
+        ("AWS_LAMBDA_MICROVM_IMAGE_ARN".to_owned(), api.place.image_arn(image)),
+        ("AWS_LAMBDA_MICROVM_IMAGE_VERSION".to_owned(), version.to_string()),
+        ("AWS_REGION".to_owned(), api.config.region.clone()),
+    ])
+}
+
+/// Checks the managed image; its version as it is shown: the newest unless one is asked for.
+fn base(api: &Api, input: &Input) -> Result<ImageVersion, ApiError> {
+    let newest = MANAGED_VERSIONS[MANAGED_VERSIONS.len() - 1];
+    let asked = input.base_image_version.as_deref();
+    let version = asked.map_or(Some(newest), |text| text.parse().ok());
+    match version.filter(|version| api.place.is_managed_image(&input.base_image_arn) && MANAGED_VERSIONS.contains(version)) {
+        Some(version) => Ok(version),
+        None => Err(ApiError::validation(format!(
+            "No managed MicroVM Image with arn {} and version {} is available",
+            input.base_image_arn,
+            asked.map_or_else(|| newest.to_string(), str::to_owned)
+        ))),
+    }
+}
+
+fn memory(input: &Input) -> Result<MemorySize, ApiError> {
+    let Some(asked) = input.resources.iter().flatten().next().map(|resources| resources.minimum_memory_in_mib) else {
+        return Ok(MemorySize::DEFAULT);
+    };
+    u32::try_from(asked).ok().and_then(MemorySize::from_mib).ok_or_else(|| {
+        ApiError::validation(format!(
+            "The requested memory size of {asked} MiB is not supported by base MicroVM image {}. Supported memory sizes in MiB are: {:?}.",
+            input.base_image_arn,
+            MemorySize::SUPPORTED_MIB
+        ))
+    })
+}
+
+/// A hook that is enabled and never called would break the app that waits for it.
+fn hooks(input: &Input) -> Result<(), ApiError> {
+    let groups = ["microvmHooks", "microvmImageHooks"];
+    let hooks = input.hooks.iter().flat_map(|hooks| groups.iter().map(move |group| (*group, &hooks[*group])));
+    let members = hooks.filter_map(|(group, hooks)| Some((group, hooks.as_object()?)));
+    let enabled: Vec<String> = members
+        .flat_map(|(group, hooks)| hooks.iter().filter(|(_, state)| *state == "ENABLED").map(move |(hook, _)| format!("hooks.{group}.{hook}")))
+        .collect();
+    if enabled.is_empty() {
+        return Ok(());
+    }
+    Err(ApiError::validation(format!("This node does not call lifecycle hooks yet; set them to DISABLED: {}", enabled.join(", "))))
+}

@@ -1,0 +1,153 @@
+//! RunMicrovm: a new microVM from an image.
+
+use std::{collections::BTreeMap, path::PathBuf, time::Duration};
+
+use idle_controller::{ControllerError, RunSpec};
+use image_builder::{BuildState, ImageRecord};
+use model::{IdlePolicy, MAX_DURATION};
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::{
+    Api,
+    microvm_body::{self, Remembered},
+    read,
+};
+use crate::{
+    arn::{Wording, unknown_image, unknown_version},
+    client_tokens::Call,
+    reply::{Answer, ApiError, ErrorKind},
+};
+
+/// The managed ingress connectors there are at AWS (aws-behaviour §6).
+const INGRESS: [&str; 4] = ["HTTP_INGRESS", "ALL_INGRESS", "SHELL_INGRESS", "NO_INGRESS"];
+const EGRESS: [&str; 1] = ["INTERNET_EGRESS"];
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Input {
+    image_identifier: String,
+    image_version: Option<String>,
+    execution_role_arn: Option<String>,
+    idle_policy: Option<Idle>,
+    logging: Option<Value>,
+    run_hook_payload: Option<String>,
+    maximum_duration_in_seconds: Option<u64>,
+    ingress_network_connectors: Option<Vec<String>>,
+    egress_network_connectors: Option<Vec<String>>,
+    client_token: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Idle {
+    max_idle_duration_seconds: u64,
+    suspended_duration_seconds: u64,
+    auto_resume_enabled: bool,
+}
+
+pub(super) async fn call(api: &Api, input: Value) -> Result<Answer, ApiError> {
+    let parsed: Input = read(input.clone())?;
+    let Some(token) = parsed.client_token.clone() else {
+        return run(api, parsed).await;
+    };
+    let call = Call::new("RunMicrovm", &token, &input, api.parts.clock.wall());
+    let done_before = || {
+        let views = api.parts.controller.list();
+        let view = views.into_iter().find(|view| Remembered::of(view).client_token.as_deref() == Some(token.as_str()))?;
+        Some(Answer::ok(microvm_body::whole(api, &view)))
+    };
+    api.client_tokens.once(call, done_before, run(api, parsed)).await
+}
+
+async fn run(api: &Api, input: Input) -> Result<Answer, ApiError> {
+    let ingress = ingress(api, input.ingress_network_connectors.unwrap_or_default())?;
+    let egress = egress(api, input.egress_network_connectors.unwrap_or_default())?;
+    let logs = input.logging.as_ref().is_some_and(|logging| !logging["cloudWatch"].is_null());
+    if logs && input.execution_role_arn.is_none() {
+        return Err(ApiError::validation("Logging cannot be enabled without providing executionRoleArn"));
+    }
+    if input.run_hook_payload.is_some_and(|payload| !payload.is_empty()) {
+        return Err(ApiError::validation("runHookPayload was given, but the run hook must be enabled in the MicroVM image to receive it"));
+    }
+    let (image, image_dir) = image(api, &input.image_identifier, input.image_version.as_deref())?;
+    let remembered = Remembered {
+        execution_role_arn: input.execution_role_arn,
+        ingress_network_connectors: ingress,
+        egress_network_connectors: egress,
+        logging: input.logging,
+        client_token: input.client_token,
+    };
+    let spec = RunSpec {
+        identity: identity(api, &image),
+        image: image.name,
+        version: image.version,
+        image_dir,
+        idle: input.idle_policy.map(|idle| IdlePolicy {
+            max_idle: Duration::from_secs(idle.max_idle_duration_seconds),
+            suspended: Duration::from_secs(idle.suspended_duration_seconds),
+            auto_resume: idle.auto_resume_enabled,
+        }),
+        max_duration: input.maximum_duration_in_seconds.map_or(MAX_DURATION, Duration::from_secs),
+        request: serde_json::to_value(remembered).map_err(|cause| ApiError::internal("writing down a request", &cause))?,
+    };
+    match api.parts.controller.run(spec).await {
+        Ok(view) => Ok(Answer::ok(microvm_body::whole(api, &view))),
+        Err(full @ ControllerError::Full { .. }) => Err(ApiError::new(ErrorKind::ServiceQuotaExceeded, format!("{full}; terminate some first"))),
+        Err(error) => Err(ApiError::internal("taking a new MicroVM", &error)),
+    }
+}
+
+/// The variables every guest has (aws-behaviour §5.3).
+fn identity(api: &Api, image: &ImageRecord) -> BTreeMap<String, String> {
+    super::create_image::identity(api, &image.name, image.version)
+}
+
+/// The version to run: the one asked for, or the newest that can be run.
+fn image(api: &Api, identifier: &str, version: Option<&str>) -> Result<(ImageRecord, PathBuf), ApiError> {
+    let images = &api.parts.images;
+    let name = api.place.image_name(identifier, Wording::Run)?;
+    let arn = api.place.image_arn(&name);
+    if images.versions(&name).is_empty() {
+        return Err(unknown_image(&arn));
+    }
+    let Some(text) = version else {
+        return images.latest_active(&name).ok_or_else(|| ApiError::not_found(format!("No active version found for MicroVM image {arn}")));
+    };
+    let record = text.parse().ok().and_then(|version| images.find(&name, version)).ok_or_else(|| unknown_version(&arn, text))?;
+    if record.state != BuildState::Successful {
+        return Err(ApiError::not_found(format!("No active version found for MicroVM image {arn} and version {}", record.version)));
+    }
+    let dir = images.snapshot_dir(&record.name, record.version);
+    Ok((record, dir))
+}
+
+/// What is asked for, or HTTP. What would open less or other than the endpoint is refused: it cannot be honoured yet.
+fn ingress(api: &Api, asked: Vec<String>) -> Result<Vec<String>, ApiError> {
+    if asked.is_empty() {
+        return Ok(vec![api.place.connector_arn("HTTP_INGRESS")]);
+    }
+    let mut names = Vec::new();
+    for arn in &asked {
+        names.push(api.place.connector(arn, &INGRESS)?);
+    }
+    if names.contains(&"NO_INGRESS") || !(names.contains(&"HTTP_INGRESS") || names.contains(&"ALL_INGRESS")) {
+        return Err(ApiError::validation(
+            "ingressNetworkConnectors: this node gives every MicroVM its HTTPS endpoint and does not offer NO_INGRESS, or \
+             SHELL_INGRESS without HTTP_INGRESS, yet",
+        ));
+    }
+    Ok(asked)
+}
+
+/// What is asked for, or the internet.
+fn egress(api: &Api, asked: Vec<String>) -> Result<Vec<String>, ApiError> {
+    match &asked[..] {
+        [] => Ok(vec![api.place.connector_arn("INTERNET_EGRESS")]),
+        [arn] => {
+            api.place.connector(arn, &EGRESS)?;
+            Ok(asked)
+        }
+        _ => Err(ApiError::validation("Only one egress network connector can be provided")),
+    }
+}

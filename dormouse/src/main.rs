@@ -1,0 +1,91 @@
+//! The binary: the one place that knows every piece.
+
+mod admin;
+mod doctor;
+mod env;
+mod files;
+mod node;
+mod pki;
+
+use std::{path::PathBuf, process::ExitCode};
+
+use clap::{Parser, Subcommand};
+use config::Config;
+
+/// MicroVMs that sleep when nobody talks to them and wake, memory and all, when a request arrives.
+#[derive(Parser)]
+#[command(version, about, max_term_width = 120)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Verb,
+}
+
+#[derive(Parser)]
+struct Place {
+    /// Configuration file; `dormouse config` prints one with every key.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Data directory; goes before node.data_dir of the configuration.
+    #[arg(long, value_name = "DIR")]
+    data_dir: Option<PathBuf>,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Run a node until SIGTERM or SIGINT. Running microVMs outlive it and are adopted by the next start.
+    Serve(Place),
+    /// Print shell exports that make the aws command and every AWS SDK talk to the node: eval "$(dormouse env)".
+    Env(Place),
+    /// Say what this host can do, what is missing, and the command that mends it.
+    Doctor(Place),
+    /// Make the base image that Dockerfiles start from, if it is not there yet.
+    Base(Place),
+    /// Print a configuration file with every key, its default and its meaning.
+    Config,
+}
+
+/// EX_USAGE of sysexits.h: the configuration is wrong.
+const EXIT_CONFIG: u8 = 64;
+
+fn main() -> ExitCode {
+    let place = match Arguments::parse().command {
+        Verb::Config => {
+            print!("{}", Config::example());
+            return ExitCode::SUCCESS;
+        }
+        Verb::Serve(place) => (place, node::serve as fn(Config) -> anyhow::Result<()>),
+        Verb::Env(place) => (place, node::env as fn(Config) -> anyhow::Result<()>),
+        Verb::Doctor(place) => (place, node::doctor as fn(Config) -> anyhow::Result<()>),
+        Verb::Base(place) => (place, node::base as fn(Config) -> anyhow::Result<()>),
+    };
+    let (place, act) = place;
+    let mut config = match Config::load(place.config.as_deref()) {
+        Ok(config) => config,
+        Err(error) => {
+            eprintln!("dormouse: {}", chain(&error));
+            return ExitCode::from(EXIT_CONFIG);
+        }
+    };
+    if let Some(data_dir) = place.data_dir {
+        config.node.data_dir = data_dir;
+    }
+    match act(config) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("dormouse: {}", chain(error.as_ref()));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// An error and its causes, in one line.
+fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}

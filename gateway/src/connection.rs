@@ -1,0 +1,411 @@
+//! A client's connection as pingora sees it: TLS over a socket that can be watched from beside, guarded against slow and
+//! oversized headers.
+//!
+//! pingora's HTTP/1.1 reader has no deadline for a whole header (its issue #447), takes a megabyte of it, and answers
+//! some requests before any hook of ours has seen them. [`Guarded`] sits between the two: while a header is awaited it
+//! keeps the deadline, counts, and replaces what pingora says by a row of our own table.
+
+use std::{
+    fmt,
+    io::{self, IoSlice},
+    net::SocketAddr,
+    os::fd::AsRawFd as _,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use pingora_core::protocols::{
+    ALPN, GetProxyDigest, GetSocketDigest, GetTimingDigest, Peek, Shutdown, SocketDigest, Ssl, TimingDigest, UniqueID, UniqueIDType,
+    l4::socket::SocketAddr as PingoraAddr,
+    raw_connect::ProxyDigest,
+    tls::{SslDigest, TlsRef, TlsStream},
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt, Interest, ReadBuf},
+    net::TcpStream,
+    time::{Instant, Sleep},
+};
+
+use crate::{access_log, framing::HeaderLimits, meter::HeaderMeter, metrics::{Metrics, Protocol}, reply::Reason};
+
+/// After the last answer on a connection that is closed with input unread: this much is read and thrown away, so that
+/// the close does not reach the client as a reset that overtakes the answer.
+const LINGER: Duration = Duration::from_secs(1);
+const LINGER_BYTES: usize = 256 * 1024;
+
+/// A client's socket, shared with those who watch for its end.
+#[derive(Clone)]
+pub(crate) struct Socket {
+    tcp: Arc<TcpStream>,
+    digest: Arc<SocketDigest>,
+}
+
+impl Socket {
+    /// Takes over an accepted connection.
+    pub fn new(tcp: TcpStream, peer: SocketAddr) -> Self {
+        let digest = SocketDigest::from_raw_fd(tcp.as_raw_fd());
+        // Set now: pingora would ask the descriptor when it is needed, which may by then be another connection's.
+        let _ = digest.peer_addr.set(Some(PingoraAddr::Inet(peer)));
+        Self { tcp: Arc::new(tcp), digest: Arc::new(digest) }
+    }
+
+    /// Ends when the client has closed its side or the connection is broken. Takes no byte out of the socket.
+    pub async fn closed_by_client(&self) -> io::Result<()> {
+        use std::os::fd::AsFd as _;
+        // A descriptor of its own: the readiness of the first one belongs to the connection's reader, and an epoll
+        // instance takes each descriptor only once.
+        let watched = TcpStream::from_std(self.tcp.as_fd().try_clone_to_owned()?.into())?;
+        loop {
+            let ready = watched.ready(Interest::READABLE).await?;
+            if ready.is_read_closed() {
+                return Ok(());
+            }
+            // Forgets that there are bytes, without reading them; the next ones, or the end, make it ready again.
+            let _ = watched.try_io(Interest::READABLE, || io::Result::<()>::Err(io::ErrorKind::WouldBlock.into()));
+        }
+    }
+
+    /// Reads and throws away; ready at the end of the stream or after `budget` bytes.
+    fn poll_drain(&self, cx: &mut Context<'_>, budget: &mut usize) -> Poll<()> {
+        let mut waste = [0; 4096];
+        while *budget > 0 {
+            match ready!(self.tcp.poll_read_ready(cx)).and_then(|()| self.tcp.try_read(&mut waste)) {
+                Ok(0) => break,
+                Ok(read) => *budget = budget.saturating_sub(read),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(_) => break,
+            }
+        }
+        Poll::Ready(())
+    }
+}
+
+impl fmt::Debug for Socket {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Socket").field(&self.tcp).finish()
+    }
+}
+
+impl AsyncRead for Socket {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        loop {
+            ready!(self.tcp.poll_read_ready(cx))?;
+            match self.tcp.try_read(buf.initialize_unfilled()) {
+                Ok(read) => {
+                    buf.advance(read);
+                    return Poll::Ready(Ok(()));
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Poll::Ready(Err(error)),
+            }
+        }
+    }
+}
+
+impl AsyncWrite for Socket {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        self.poll_write_vectored(cx, &[IoSlice::new(buf)])
+    }
+
+    fn poll_write_vectored(self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        loop {
+            ready!(self.tcp.poll_write_ready(cx))?;
+            match self.tcp.try_write_vectored(bufs) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                result => return Poll::Ready(result),
+            }
+        }
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(rustix::net::shutdown(&*self.tcp, rustix::net::Shutdown::Write).map_err(Into::into))
+    }
+}
+
+#[async_trait]
+impl Shutdown for Socket {
+    async fn shutdown(&mut self) {
+        let _ = AsyncWriteExt::shutdown(self).await;
+    }
+}
+
+impl UniqueID for Socket {
+    fn id(&self) -> UniqueIDType {
+        self.tcp.as_raw_fd()
+    }
+}
+
+impl Ssl for Socket {}
+impl Peek for Socket {}
+
+impl GetTimingDigest for Socket {
+    fn get_timing_digest(&self) -> Vec<Option<TimingDigest>> {
+        Vec::new()
+    }
+}
+
+impl GetProxyDigest for Socket {
+    fn get_proxy_digest(&self) -> Option<Arc<ProxyDigest>> {
+        None
+    }
+}
+
+impl GetSocketDigest for Socket {
+    fn get_socket_digest(&self) -> Option<Arc<SocketDigest>> {
+        Some(self.digest.clone())
+    }
+}
+
+/// How far the close of a connection has come.
+struct Closing {
+    // Our own answer to a header that never became a request, as far as it is not sent yet.
+    farewell: Vec<u8>,
+    tls: TlsEnd,
+    // Bytes that may still be thrown away.
+    budget: usize,
+    // Whoever does not take the answer in time does not get it.
+    deadline: Pin<Box<Sleep>>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum TlsEnd {
+    Due,
+    Sent,
+}
+
+/// What the guard needs of the gateway.
+#[derive(Clone)]
+pub(crate) struct GuardSettings {
+    /// See [`crate::GatewayConfig::header_deadline`].
+    pub header_deadline: Duration,
+    /// The most a header may have.
+    pub limits: HeaderLimits,
+    /// Where early refusals are counted.
+    pub metrics: Arc<Metrics>,
+}
+
+/// A client's connection after its TLS handshake.
+pub(crate) struct Guarded {
+    tls: TlsStream<Socket>,
+    socket: Socket,
+    settings: GuardSettings,
+    // Even: a header is awaited. Odd: a request is under way. The service counts it up, through a shared reference.
+    turn: AtomicU32,
+    // The turn that `meter` and `deadline` belong to.
+    metered_turn: u32,
+    meter: HeaderMeter,
+    deadline: Option<Pin<Box<Sleep>>>,
+    // Why the header awaited in this turn is refused.
+    refused: Option<(u32, Reason)>,
+    closing: Option<Closing>,
+}
+
+impl Guarded {
+    /// Guards a connection. HTTP/2 brings its own limits and is only passed through.
+    pub fn new(tls: TlsStream<Socket>, socket: Socket, settings: GuardSettings) -> Self {
+        let multiplexed = matches!(tls.selected_alpn_proto(), Some(ALPN::H2));
+        let turn = u32::from(multiplexed);
+        let meter = HeaderMeter::new(settings.limits);
+        let deadline = (!multiplexed).then(|| Box::pin(tokio::time::sleep(settings.header_deadline)));
+        Self { tls, socket, settings, turn: AtomicU32::new(turn), metered_turn: turn, meter, deadline, refused: None, closing: None }
+    }
+
+    /// The connection under a pingora session, if it is HTTP/1.1.
+    pub fn of(session: &pingora_proxy::Session) -> Option<&Self> {
+        (**session.stream()?).as_any().downcast_ref()
+    }
+
+    /// The client's socket.
+    pub fn socket(&self) -> Socket {
+        self.socket.clone()
+    }
+
+    /// A header was read whole; its request is under way.
+    pub fn begin_request(&self) {
+        if self.turn.load(Ordering::Relaxed).is_multiple_of(2) {
+            self.turn.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// The request is answered; the next header is awaited.
+    pub fn end_request(&self) {
+        if !self.turn.load(Ordering::Relaxed).is_multiple_of(2) {
+            self.turn.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// The turn, if a header is awaited in it.
+    fn header_turn(&self) -> Option<u32> {
+        Some(self.turn.load(Ordering::Relaxed)).filter(|turn| turn.is_multiple_of(2))
+    }
+
+    fn refused_in(&self, turn: u32) -> Option<Reason> {
+        self.refused.filter(|(refused_turn, _)| *refused_turn == turn).map(|(_, reason)| reason)
+    }
+}
+
+impl fmt::Debug for Guarded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Guarded").field(&self.socket).finish()
+    }
+}
+
+impl AsyncRead for Guarded {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        let Some(turn) = this.header_turn() else {
+            return Pin::new(&mut this.tls).poll_read(cx, buf);
+        };
+        if turn != this.metered_turn {
+            // A new header. Until its first byte only the keepalive timeout runs, which pingora keeps.
+            this.metered_turn = turn;
+            this.meter = HeaderMeter::new(this.settings.limits);
+            this.deadline = None;
+        }
+        if this.refused_in(turn).is_some() {
+            return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, "the request header is too large")));
+        }
+        if let Some(deadline) = &mut this.deadline
+            && deadline.as_mut().poll(cx).is_ready()
+        {
+            return Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the request header took too long")));
+        }
+        let before = buf.filled().len();
+        ready!(Pin::new(&mut this.tls).poll_read(cx, buf))?;
+        // The bytes are handed on in any case: pingora closes without an answer if the very first read fails. If they
+        // complete the header, the rules for whole requests refuse it; if not, the next read fails.
+        if !this.meter.feed(&buf.filled()[before..]) {
+            this.refused = Some((turn, Reason::HeaderTooLarge));
+        }
+        if this.meter.has_begun() && this.deadline.is_none() {
+            this.deadline = Some(Box::pin(tokio::time::sleep_until(Instant::now() + this.settings.header_deadline)));
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Guarded {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        // What is answered while a header is awaited is pingora's own: the header could not be parsed, or the method is
+        // CONNECT. Our answer follows in `shutdown`, which pingora calls next.
+        if let Some(turn) = self.header_turn()
+            && let Some(status) = buf.strip_prefix(b"HTTP/1.1 ")
+        {
+            if self.refused_in(turn).is_none() {
+                let reason = if status.starts_with(b"405") { Reason::MethodNotAllowed } else { Reason::MalformedRequest };
+                self.refused = Some((turn, reason));
+            }
+            return Poll::Ready(Ok(buf.len()));
+        }
+        Pin::new(&mut self.tls).poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.tls).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.tls.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.tls).poll_flush(cx)
+    }
+
+    /// Sends what is still to be said, then the end of TLS and of the stream, then waits for the client to have taken it.
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        if this.closing.is_none() {
+            let farewell = this.farewell();
+            this.closing =
+                Some(Closing { farewell, tls: TlsEnd::Due, budget: LINGER_BYTES, deadline: Box::pin(tokio::time::sleep(LINGER)) });
+        }
+        let closing = this.closing.as_mut().expect("set above");
+        if closing.deadline.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(Ok(()));
+        }
+        while !closing.farewell.is_empty() {
+            let written = ready!(Pin::new(&mut this.tls).poll_write(cx, &closing.farewell))?;
+            closing.farewell.drain(..written);
+        }
+        if closing.tls == TlsEnd::Due {
+            ready!(Pin::new(&mut this.tls).poll_shutdown(cx))?;
+            closing.tls = TlsEnd::Sent;
+        }
+        this.socket.poll_drain(cx, &mut closing.budget).map(Ok)
+    }
+}
+
+impl Guarded {
+    /// The answer to a header that never became a request; empty if there is none to give.
+    fn farewell(&self) -> Vec<u8> {
+        let Some(reason) = self.header_turn().and_then(|turn| self.refused_in(turn)) else { return Vec::new() };
+        let request_id = uuid::Uuid::new_v4().to_string();
+        let reply = reason.reply();
+        self.settings.metrics.refusal(reason);
+        self.settings.metrics.request(Protocol::Http1, Some(reply.status.as_u16()));
+        access_log::unparsed(&request_id, reason);
+        reply.wire(&request_id)
+    }
+}
+
+#[async_trait]
+impl Shutdown for Guarded {
+    async fn shutdown(&mut self) {
+        let _ = AsyncWriteExt::shutdown(self).await;
+    }
+}
+
+impl UniqueID for Guarded {
+    fn id(&self) -> UniqueIDType {
+        self.socket.id()
+    }
+}
+
+impl Ssl for Guarded {
+    fn get_ssl(&self) -> Option<&TlsRef> {
+        self.tls.get_ssl()
+    }
+
+    fn get_ssl_digest(&self) -> Option<Arc<SslDigest>> {
+        self.tls.get_ssl_digest()
+    }
+
+    fn selected_alpn_proto(&self) -> Option<ALPN> {
+        self.tls.selected_alpn_proto()
+    }
+}
+
+impl Peek for Guarded {}
+
+impl GetTimingDigest for Guarded {
+    fn get_timing_digest(&self) -> Vec<Option<TimingDigest>> {
+        Vec::new()
+    }
+}
+
+impl GetProxyDigest for Guarded {
+    fn get_proxy_digest(&self) -> Option<Arc<ProxyDigest>> {
+        None
+    }
+}
+
+impl GetSocketDigest for Guarded {
+    fn get_socket_digest(&self) -> Option<Arc<SocketDigest>> {
+        self.socket.get_socket_digest()
+    }
+}

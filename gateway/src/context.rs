@@ -1,0 +1,112 @@
+//! What one request knows of itself on its way through the phases.
+
+use std::{
+    sync::{Arc, OnceLock},
+    time::{Duration, Instant},
+};
+
+use idle_controller::Awake;
+use tokio_util::task::AbortOnDropHandle;
+
+use crate::{
+    auth::permit::Permit,
+    metrics::{Open, Protocol},
+    reply::{Asker, Reason},
+    upstream::{
+        connector::FailureSlot,
+        links::{Link, Speaks},
+    },
+    websocket::Handshake,
+};
+
+/// The context. Filled from top to bottom: nothing below `permit` is set before it is.
+pub(crate) struct Context {
+    /// What client and app read in `x-amzn-requestid`.
+    pub request_id: String,
+    /// When the header was whole.
+    pub begun: Instant,
+    /// What the client speaks.
+    pub protocol: Protocol,
+    /// Counts the request as open.
+    pub open: Option<Open>,
+    /// Whose form an answer of ours takes.
+    pub asker: Asker,
+    /// The WebSocket handshake, if the request is one.
+    pub handshake: Option<Handshake>,
+    /// Proof that the request passed every check.
+    pub permit: Option<Permit>,
+    /// Until when the request may be held for a wake, in all.
+    pub hold_until: Instant,
+    /// Leave to talk to the microVM; also its hold.
+    pub awake: Option<Arc<Awake>>,
+    /// How long the request waited for launches and wakes.
+    pub wake: Option<Duration>,
+    /// How often it was found asleep after it had been awake.
+    pub found_asleep: u8,
+    /// What is spoken with the app.
+    pub speaks: Speaks,
+    /// Where the connector leaves why it failed.
+    pub dial_failure: FailureSlot,
+    /// The connection to the guest, where it is a tied one.
+    pub link: Option<Arc<Link>>,
+    /// Whether that connection was used before.
+    pub reused: bool,
+    /// Ends the connection if the guest stays silent.
+    pub first_byte: Option<AbortOnDropHandle<()>>,
+    /// Set by `first_byte` when it did so.
+    pub silent: Arc<OnceLock<()>>,
+    /// Interim answers of the guest so far.
+    pub interim: u8,
+    /// Whether the end of the answer is the end of the guest's connection.
+    pub close_delimited: bool,
+    /// Until the answer's header, where that is what counts as the request's time.
+    pub answered_after: Option<Duration>,
+    /// Body bytes from the client.
+    pub bytes_in: u64,
+    /// Body bytes to the client.
+    pub bytes_out: u64,
+    /// Why the gateway answered by itself.
+    pub reason: Option<Reason>,
+    /// Whether there is nobody left to answer.
+    pub client_left: bool,
+}
+
+impl Context {
+    /// Of a request whose header is whole now.
+    pub fn new(hold: Duration) -> Self {
+        let begun = Instant::now();
+        Self {
+            request_id: uuid::Uuid::new_v4().to_string(),
+            begun,
+            protocol: Protocol::Http1,
+            open: None,
+            asker: Asker::Plain,
+            handshake: None,
+            permit: None,
+            hold_until: begun + hold,
+            awake: None,
+            wake: None,
+            found_asleep: 0,
+            speaks: Speaks::Http1,
+            dial_failure: FailureSlot::default(),
+            link: None,
+            reused: false,
+            first_byte: None,
+            silent: Arc::default(),
+            interim: 0,
+            close_delimited: false,
+            answered_after: None,
+            bytes_in: 0,
+            bytes_out: 0,
+            reason: None,
+            client_left: false,
+        }
+    }
+
+    /// Bytes crossed: activity.
+    pub fn touch(&self) {
+        if let Some(awake) = &self.awake {
+            awake.touch();
+        }
+    }
+}

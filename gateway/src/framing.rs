@@ -1,0 +1,116 @@
+//! Rules for a request beyond what its parser enforces: one reading of where its body ends, a bounded header, no tunnels.
+
+use http::{HeaderMap, Method, Version, header};
+
+use crate::reply::Reason;
+
+/// How large a request's header may be.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct HeaderLimits {
+    /// Bytes of names and values.
+    pub bytes: usize,
+    /// Fields.
+    pub fields: usize,
+}
+
+/// Checks a parsed request. `raw` is its header as it came (HTTP/1.1; empty for HTTP/2), because the parser has already
+/// taken Content-Length away where Transfer-Encoding was also there.
+pub(crate) fn check(method: &Method, version: Version, headers: &HeaderMap, raw: &[u8], limits: HeaderLimits) -> Result<(), Reason> {
+    // CONNECT would be a tunnel past every rule here, and TRACE would show the app's view of reserved fields.
+    if method == Method::CONNECT || method == Method::TRACE {
+        return Err(Reason::MethodNotAllowed);
+    }
+    if headers.len() > limits.fields || crate::headers::bytes(headers) > limits.bytes || raw.len() > limits.bytes {
+        return Err(Reason::HeaderTooLarge);
+    }
+    // RFC 9112 §3.2; pingora lets it through.
+    if version == Version::HTTP_11 && !headers.contains_key(header::HOST) {
+        return Err(Reason::MalformedRequest);
+    }
+    let codings: Vec<_> = headers.get_all(header::TRANSFER_ENCODING).iter().collect();
+    if !codings.is_empty() {
+        // RFC 9112 §6.1 lets a server treat both as an attack. pingora drops Content-Length and goes on (its issue #945).
+        if version == Version::HTTP_2 || raw_has_field(raw, "content-length") {
+            return Err(Reason::AmbiguousFraming);
+        }
+        // pingora forwards `gzip, chunked` as `chunked`: the app would read compressed bytes as plain ones.
+        if codings.len() > 1 || !codings[0].as_bytes().eq_ignore_ascii_case(b"chunked") {
+            return Err(Reason::UnsupportedTransferCoding);
+        }
+    }
+    // Two equal values, or a list of them, are let through doubled by pingora; an app may read them as it likes.
+    let mut lengths = headers.get_all(header::CONTENT_LENGTH).iter();
+    if let Some(length) = lengths.next() {
+        let digits = length.as_bytes();
+        if lengths.next().is_some() || digits.is_empty() || !digits.iter().all(u8::is_ascii_digit) {
+            return Err(Reason::AmbiguousFraming);
+        }
+    }
+    Ok(())
+}
+
+/// The length of the body, where the request states it.
+pub(crate) fn stated_length(headers: &HeaderMap) -> Option<u64> {
+    headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
+}
+
+/// Whether the client waits for `100 Continue` before it sends its body.
+pub(crate) fn expects_continue(headers: &HeaderMap) -> bool {
+    headers.get(header::EXPECT).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue"))
+}
+
+fn raw_has_field(raw: &[u8], name: &str) -> bool {
+    raw.split(|byte| *byte == b'\n').skip(1).any(|line| {
+        line.iter().position(|byte| *byte == b':').is_some_and(|colon| line[..colon].trim_ascii().eq_ignore_ascii_case(name.as_bytes()))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use http::{HeaderName, HeaderValue};
+
+    use super::*;
+
+    const LIMITS: HeaderLimits = HeaderLimits { bytes: 1000, fields: 6 };
+
+    fn verdict(method: Method, fields: &[(&str, &str)], raw: &str) -> Result<(), Reason> {
+        let mut headers = HeaderMap::new();
+        headers.insert(header::HOST, HeaderValue::from_static("h"));
+        for (name, value) in fields {
+            headers.append(HeaderName::try_from(*name).unwrap(), HeaderValue::from_str(value).unwrap());
+        }
+        check(&method, Version::HTTP_11, &headers, raw.as_bytes(), LIMITS)
+    }
+
+    #[test]
+    fn one_reading_of_the_body() {
+        use Reason::{AmbiguousFraming as Ambiguous, UnsupportedTransferCoding as Coding};
+        let post = |fields, raw| verdict(Method::POST, fields, raw);
+        assert_eq!(post(&[("content-length", "3")], ""), Ok(()));
+        assert_eq!(post(&[("transfer-encoding", "Chunked")], "POST / HTTP/1.1\r\nTransfer-Encoding: Chunked\r\n\r\n"), Ok(()));
+        assert_eq!(post(&[("transfer-encoding", "chunked")], "POST / HTTP/1.1\r\ncontent-LENGTH : 3\r\n\r\n"), Err(Ambiguous));
+        assert_eq!(post(&[("transfer-encoding", "gzip, chunked")], ""), Err(Coding));
+        assert_eq!(post(&[("transfer-encoding", "chunked"), ("transfer-encoding", "chunked")], ""), Err(Coding));
+        assert_eq!(post(&[("content-length", "3"), ("content-length", "3")], ""), Err(Ambiguous));
+        for bad in ["3, 3", "+3", "-1", "0x3", ""] {
+            assert_eq!(verdict(Method::POST, &[("content-length", bad)], ""), Err(Ambiguous), "{bad}");
+        }
+    }
+
+    #[test]
+    fn http_1_1_needs_a_host() {
+        let verdict = |version| check(&Method::GET, version, &HeaderMap::new(), b"", LIMITS);
+        assert_eq!(verdict(Version::HTTP_11), Err(Reason::MalformedRequest));
+        assert_eq!(verdict(Version::HTTP_10), Ok(()));
+        assert_eq!(verdict(Version::HTTP_2), Ok(()));
+    }
+
+    #[test]
+    fn tunnels_and_large_headers() {
+        assert_eq!(verdict(Method::CONNECT, &[], ""), Err(Reason::MethodNotAllowed));
+        assert_eq!(verdict(Method::TRACE, &[], ""), Err(Reason::MethodNotAllowed));
+        assert_eq!(verdict(Method::GET, &[("a", "1"); 6], ""), Err(Reason::HeaderTooLarge));
+        assert_eq!(verdict(Method::GET, &[("a", &"x".repeat(1000))], ""), Err(Reason::HeaderTooLarge));
+        assert_eq!(verdict(Method::GET, &[("a", "1"); 5], ""), Ok(()));
+    }
+}

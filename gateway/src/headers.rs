@@ -1,0 +1,97 @@
+//! Which header fields cross the edge: reserved ones out, cookies joined, sizes counted.
+
+use http::{HeaderMap, HeaderName, HeaderValue, header};
+
+/// The token's field.
+pub(crate) const AUTH_FIELD: &str = "x-aws-proxy-auth";
+/// The port's field.
+pub(crate) const PORT_FIELD: &str = "x-aws-proxy-port";
+/// Asks for HTTP/2 with prior knowledge towards the app.
+pub(crate) const FORCE_H2_FIELD: &str = "x-aws-proxy-force-h2";
+/// Names a request, towards the app and towards the client.
+pub(crate) const REQUEST_ID_FIELD: &str = "x-amzn-requestid";
+
+/// Every field of the reserved name space, also unknown ones (aws-behaviour §1.2), and their aliases with underscores:
+/// an app behind a CGI-like layer could not tell those apart from the real ones (cases.md 20).
+pub(crate) fn reserved(headers: &HeaderMap) -> Vec<HeaderName> {
+    headers.keys().filter(|name| is_reserved(name.as_str())).cloned().collect()
+}
+
+fn is_reserved(name: &str) -> bool {
+    const PREFIX: &[u8] = b"x-aws-proxy-";
+    name.len() >= PREFIX.len() && name.bytes().zip(PREFIX).all(|(byte, wanted)| byte == *wanted || (byte == b'_' && *wanted == b'-'))
+}
+
+/// One Cookie field in place of several, as RFC 9113 §8.2.3 asks of whoever takes a request from HTTP/2 to HTTP/1.1;
+/// pingora 0.9.1 does not (its issue #892). `None` where there is nothing to join.
+pub(crate) fn joined_cookie(headers: &HeaderMap) -> Option<HeaderValue> {
+    let crumbs: Vec<&[u8]> = headers.get_all(header::COOKIE).iter().map(HeaderValue::as_bytes).collect();
+    (crumbs.len() > 1).then(|| HeaderValue::from_bytes(&crumbs.join(&b"; "[..])).expect("header values joined by \"; \" are a header value"))
+}
+
+/// Bytes of the names and values.
+pub(crate) fn bytes(headers: &HeaderMap) -> usize {
+    headers.iter().map(|(name, value)| name.as_str().len() + value.len()).sum()
+}
+
+/// Whether the request is a gRPC call.
+pub(crate) fn is_grpc(headers: &HeaderMap) -> bool {
+    headers.get(header::CONTENT_TYPE).is_some_and(|value| {
+        let value = value.as_bytes();
+        const GRPC: &[u8] = b"application/grpc";
+        value.get(..GRPC.len()).is_some_and(|start| start.eq_ignore_ascii_case(GRPC))
+            && value.get(GRPC.len()).is_none_or(|next| matches!(next, b'+' | b';' | b' '))
+    })
+}
+
+/// Whether HTTP/2 with prior knowledge towards the app was asked for.
+pub(crate) fn forces_h2(headers: &HeaderMap) -> bool {
+    headers.get(FORCE_H2_FIELD).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"true"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn map(fields: &[(&'static str, &'static str)]) -> HeaderMap {
+        fields.iter().map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value))).collect()
+    }
+
+    #[test]
+    fn the_reserved_name_space_and_its_aliases_go() {
+        let headers = map(&[
+            ("x-aws-proxy-auth", "t"),
+            ("x-aws-proxy-unknown", "1"),
+            ("x_aws_proxy_auth", "t"),
+            ("x-aws-proxy", "stays"),
+            ("x-aws-prox", "stays"),
+            ("authorization", "stays"),
+        ]);
+        let mut gone: Vec<_> = reserved(&headers).iter().map(ToString::to_string).collect();
+        gone.sort();
+        assert_eq!(gone, ["x-aws-proxy-auth", "x-aws-proxy-unknown", "x_aws_proxy_auth"]);
+    }
+
+    #[test]
+    fn cookie_crumbs_are_joined_in_order() {
+        let mut headers = map(&[("cookie", "a=1")]);
+        assert_eq!(joined_cookie(&headers), None);
+        headers.append(header::COOKIE, HeaderValue::from_static("b=2"));
+        headers.append(header::COOKIE, HeaderValue::from_static("c=3"));
+        assert_eq!(joined_cookie(&headers).unwrap(), "a=1; b=2; c=3");
+    }
+
+    #[test]
+    fn grpc_is_told_by_its_content_type() {
+        for (value, grpc) in [
+            ("application/grpc", true),
+            ("application/grpc+proto", true),
+            ("Application/GRPC;x=y", true),
+            ("application/grpc-web", false),
+            ("application/json", false),
+        ] {
+            assert_eq!(is_grpc(&map(&[("content-type", value)])), grpc, "{value}");
+        }
+        assert!(!is_grpc(&HeaderMap::new()));
+    }
+}

@@ -1,0 +1,161 @@
+//! The edge: TLS, routing, tokens, port scope, holding a request through a wake, forwarding every protocol.
+//!
+//! Owns: everything between a client's connection and a guest stream. Never names an engine, never decides when a microVM
+//! sleeps, never lets an unchecked request wake or reach anything.
+//!
+//! A request's way, each step producing what the next one takes:
+//!
+//! ```text
+//! connection (TLS, deadlines) → framing → route (Host) → permit (token, port scope) → awake → peer → guest
+//! ```
+//!
+//! `service` says the order; `route`, `auth`, `ports`, `framing`, `headers`, `websocket` and `reply` are rules over plain
+//! HTTP types and know nothing of pingora, which lives in `service`, `connection`, `listener`, `tls` and `upstream` only.
+//!
+//! pingora logs through `log`; its lines at error level speak of clients' mistakes and should be let through for its own
+//! debugging only. Ours are `tracing` events, one per request on the target `access`.
+#![forbid(unsafe_code)]
+
+mod access_log;
+mod auth;
+mod config;
+mod connection;
+mod context;
+mod error;
+mod framing;
+mod headers;
+mod listener;
+mod meter;
+mod metrics;
+mod ports;
+mod reply;
+mod route;
+mod service;
+mod tls;
+mod upstream;
+mod wake;
+mod websocket;
+
+use std::{fs, net::SocketAddr, sync::Arc};
+
+use idle_controller::Controller;
+use pingora_core::{
+    apps::HttpServerOptions,
+    protocols::http::v2::server::H2Options,
+    server::configuration::ServerConf,
+};
+use pingora_proxy::HttpProxy;
+use token::KeyRing;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+pub use config::GatewayConfig;
+pub use error::GatewayError;
+pub use tls::Tls;
+
+use crate::{
+    connection::GuardSettings,
+    framing::HeaderLimits,
+    metrics::Metrics,
+    service::Service,
+    upstream::{connector::Peers, links::Links},
+};
+
+/// Streams at a time on a client's HTTP/2 connection. Together with the header limit this bounds what a header bomb can
+/// make us hold: 100 × 24 KiB per connection (pingora.md §4). Not below 100: clients open that many before they have read
+/// our settings, and those beyond the limit are refused.
+const STREAMS: u32 = 100;
+/// What a client may send ahead of its guest, per stream and per connection. AWS's fixed 64 KiB throttles uploads
+/// (aws-behaviour §1.4); this carries 40 MB/s over 100 ms.
+const STREAM_WINDOW: u32 = 1 << 20;
+const CONNECTION_WINDOW: u32 = 1 << 22;
+/// Streams a client may make us reset before its connection is closed; a client that opens too many at once, which is
+/// no attack, stays below it.
+const RESETS: usize = 256;
+/// Connections to guests that wait for a next request, in all.
+const POOL: usize = 4096;
+
+/// The gateway, bound to its address.
+pub struct Gateway {
+    listener: TcpListener,
+    local_addr: SocketAddr,
+    proxy: Arc<HttpProxy<Service>>,
+    links: Arc<Links>,
+    tls: Tls,
+    limits: listener::Limits,
+    guard: GuardSettings,
+}
+
+impl Gateway {
+    /// Binds the listener and registers the metrics. Connections are answered from [`Gateway::serve`] on.
+    pub async fn bind(
+        config: GatewayConfig,
+        controller: Controller,
+        keys: KeyRing,
+        tls: impl Into<Tls>,
+        metrics: &prometheus::Registry,
+    ) -> Result<Self, GatewayError> {
+        let listen = |source| GatewayError::Listen { address: config.listen, source };
+        let listener = TcpListener::bind(config.listen).await.map_err(listen)?;
+        let local_addr = listener.local_addr().map_err(listen)?;
+        let metrics = Arc::new(Metrics::register(metrics).map_err(GatewayError::Metrics)?);
+        let links = Arc::new(Links::open(&config.runtime_dir, metrics.upstream_streams.clone())?);
+        let limits = listener::Limits {
+            connections: config.max_connections,
+            per_address: config.max_connections_per_address,
+            handshake_deadline: config.handshake_deadline,
+            grace: config.grace,
+        };
+        let guard = GuardSettings {
+            header_deadline: config.header_deadline,
+            limits: HeaderLimits { bytes: config.max_header_bytes, fields: config.max_header_fields },
+            metrics: metrics.clone(),
+        };
+        let proxy = proxy(Service {
+            peers: Peers::new(links.clone(), config.upstream_keepalive, config.dial_deadline),
+            config,
+            controller,
+            keys,
+            metrics,
+        })?;
+        Ok(Self { listener, local_addr, proxy: Arc::new(proxy), links, tls: tls.into(), limits, guard })
+    }
+
+    /// Where it listens.
+    pub fn local_addr(&self) -> SocketAddr {
+        self.local_addr
+    }
+
+    /// Serves until `shutdown` fires, then takes nothing new (HTTP/2 clients read GOAWAY, idle connections are closed),
+    /// lets what runs finish for at most [`GatewayConfig::grace`], and returns as soon as nothing is left.
+    pub async fn serve(self, shutdown: CancellationToken) {
+        listener::serve(self.listener, self.proxy, self.tls, self.limits, self.guard, shutdown).await;
+        self.links.close().await;
+    }
+}
+
+fn proxy(service: Service) -> Result<HttpProxy<Service>, GatewayError> {
+    // pingora loads the host's certificate authorities for TLS towards upstreams, which we never speak, and panics where
+    // there are none. An empty list of our own keeps it from looking.
+    let path = service.peers.links().dir().join("no-authorities.pem");
+    fs::write(&path, "").map_err(|source| GatewayError::PrivateSocket { path: path.clone(), source })?;
+    let conf = ServerConf {
+        ca_file: path.to_str().map(str::to_owned),
+        upstream_keepalive_pool_size: POOL,
+        threads: 1,
+        ..ServerConf::default()
+    };
+    let (header_bytes, keepalive) = (service.config.max_header_bytes, service.config.keepalive);
+    let mut proxy = pingora_proxy::http_proxy(&Arc::new(conf), service);
+    let mut options = HttpServerOptions::default();
+    options.h2_idle_timeout = Some(keepalive);
+    proxy.server_options = Some(options);
+    let mut h2 = H2Options::new();
+    h2.max_concurrent_streams(STREAMS)
+        .max_header_list_size(u32::try_from(header_bytes).unwrap_or(u32::MAX))
+        .initial_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_local_error_reset_streams(Some(RESETS));
+    proxy.h2_options = Some(h2);
+    Ok(proxy)
+}

@@ -1,0 +1,234 @@
+//! The accept loop: who may connect, for how long a handshake may take, and how the gateway stops.
+//!
+//! pingora's own listeners have no limit of connections, a fixed handshake timeout and a shutdown that always sleeps its
+//! whole grace period; so this takes their place and hands each connection to pingora's proxy.
+
+use std::{
+    io,
+    net::{IpAddr, Ipv6Addr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
+
+use dashmap::DashMap;
+use pingora_core::{apps::{HttpServerApp as _, ServerApp as _}, listeners::tls::Acceptor, server::ShutdownWatch};
+use pingora_proxy::HttpProxy;
+use rustix::io::Errno;
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::{OwnedSemaphorePermit, Semaphore, watch},
+    task::JoinSet,
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    connection::{GuardSettings, Guarded, Socket},
+    metrics::{Metrics, Open},
+    service::Service,
+    tls::Tls,
+};
+
+/// After an accept that failed for want of descriptors or memory: twice as long each time, until one succeeds.
+const FIRST_PAUSE: Duration = Duration::from_millis(10);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+
+/// How connections are taken.
+pub(crate) struct Limits {
+    /// See [`crate::GatewayConfig::max_connections`].
+    pub connections: usize,
+    /// See [`crate::GatewayConfig::max_connections_per_address`].
+    pub per_address: usize,
+    /// See [`crate::GatewayConfig::handshake_deadline`].
+    pub handshake_deadline: Duration,
+    /// See [`crate::GatewayConfig::grace`].
+    pub grace: Duration,
+}
+
+/// Takes connections until `stop` fires, then drains.
+pub(crate) async fn serve(
+    listener: TcpListener,
+    proxy: Arc<HttpProxy<Service>>,
+    tls: Tls,
+    limits: Limits,
+    guard: GuardSettings,
+    stop: CancellationToken,
+) {
+    let places = Arc::new(Semaphore::new(limits.connections));
+    let crowd = Arc::new(Crowd::default());
+    let metrics = guard.metrics.clone();
+    let (announce, watch) = watch::channel(false);
+    let mut connections = JoinSet::new();
+    let mut pause = FIRST_PAUSE;
+    loop {
+        let accepted = tokio::select! {
+            // Stopping comes first; reaping never waits. All arms may be dropped at any await: a place that was taken
+            // without a connection is given back by its drop.
+            biased;
+            () = stop.cancelled() => break,
+            Some(_) = connections.join_next(), if !connections.is_empty() => continue,
+            accepted = accept(&listener, &places) => accepted,
+        };
+        match accepted {
+            Ok((place, tcp, peer)) => {
+                pause = FIRST_PAUSE;
+                let Some(member) = crowd.admit(peer.ip(), limits.per_address) else {
+                    metrics.connections_refused.inc();
+                    continue;
+                };
+                let task = Connection {
+                    _place: place,
+                    _member: member,
+                    _open: Open::new(&metrics.connections),
+                    deadline: limits.handshake_deadline,
+                    guard: guard.clone(),
+                };
+                connections.spawn(task.run(tcp, peer, tls.acceptor(), proxy.clone(), watch.clone()));
+            }
+            Err(error) if is_shortage(&error) => {
+                metrics.accept_failures.inc();
+                tracing::warn!(error = %error, pause_ms = pause.as_millis() as u64, "no connection can be accepted for now");
+                tokio::select! {
+                    () = tokio::time::sleep(pause) => {}
+                    () = stop.cancelled() => break,
+                }
+                pause = (pause * 2).min(LONGEST_PAUSE);
+            }
+            // The client of that one connection was gone before we came to it.
+            Err(error) => tracing::debug!(error = %error, "a connection was gone before it was accepted"),
+        }
+    }
+    drop(listener);
+    drain(connections, &proxy, &announce, limits.grace).await;
+}
+
+async fn accept(listener: &TcpListener, places: &Arc<Semaphore>) -> io::Result<(OwnedSemaphorePermit, TcpStream, SocketAddr)> {
+    let place = places.clone().acquire_owned().await.map_err(io::Error::other)?;
+    let (tcp, peer) = listener.accept().await?;
+    Ok((place, tcp, peer))
+}
+
+/// Says GOAWAY, closes what idles, and waits for the rest: at most `grace`, and no longer than needed.
+async fn drain(mut connections: JoinSet<()>, proxy: &HttpProxy<Service>, announce: &watch::Sender<bool>, grace: Duration) {
+    let _ = announce.send(true);
+    proxy.http_cleanup().await;
+    let open = connections.len();
+    let all = async { while connections.join_next().await.is_some() {} };
+    if tokio::time::timeout(grace, all).await.is_ok() {
+        tracing::info!(connections = open, "the edge is drained");
+    } else {
+        tracing::warn!(connections = connections.len(), grace_secs = grace.as_secs(), "the edge cuts connections that outlived the grace period");
+        connections.shutdown().await;
+    }
+}
+
+fn is_shortage(error: &io::Error) -> bool {
+    let shortages = [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM];
+    error.raw_os_error().is_some_and(|code| shortages.iter().any(|errno| errno.raw_os_error() == code))
+}
+
+/// One client's connection: what it occupies until its end.
+struct Connection {
+    _place: OwnedSemaphorePermit,
+    _member: Member,
+    _open: Open,
+    deadline: Duration,
+    guard: GuardSettings,
+}
+
+impl Connection {
+    async fn run(self, tcp: TcpStream, peer: SocketAddr, acceptor: Arc<Acceptor>, proxy: Arc<HttpProxy<Service>>, stop: ShutdownWatch) {
+        let _ = tcp.set_nodelay(true);
+        let socket = Socket::new(tcp, peer);
+        match tokio::time::timeout(self.deadline, acceptor.tls_handshake(socket.clone())).await {
+            Ok(Ok(tls)) => {
+                let guarded = Guarded::new(tls, socket, self.guard.clone());
+                proxy.process_new(Box::new(guarded), &stop).await;
+            }
+            Ok(Err(error)) => self.failed(peer, &error.to_string()),
+            Err(_) => self.failed(peer, "took too long"),
+        }
+    }
+
+    fn failed(&self, peer: SocketAddr, why: &str) {
+        self.metrics().tls_failures.inc();
+        tracing::debug!(client.address = %peer, why, "a TLS handshake failed");
+    }
+
+    fn metrics(&self) -> &Metrics {
+        &self.guard.metrics
+    }
+}
+
+/// How many connections each address has.
+#[derive(Default)]
+struct Crowd {
+    members: DashMap<IpAddr, usize>,
+}
+
+/// A place of an address in the crowd; given back by its drop.
+struct Member {
+    crowd: Arc<Crowd>,
+    address: IpAddr,
+}
+
+impl Crowd {
+    fn admit(self: &Arc<Self>, address: IpAddr, limit: usize) -> Option<Member> {
+        let address = neighbourhood(address);
+        let mut count = self.members.entry(address).or_insert(0);
+        if *count >= limit {
+            return None;
+        }
+        *count += 1;
+        drop(count);
+        Some(Member { crowd: self.clone(), address })
+    }
+}
+
+impl Drop for Member {
+    fn drop(&mut self) {
+        let left = self.crowd.members.get_mut(&self.address).map(|mut count| {
+            *count -= 1;
+            *count
+        });
+        if left == Some(0) {
+            self.crowd.members.remove_if(&self.address, |_, count| *count == 0);
+        }
+    }
+}
+
+/// One subscriber of IPv6 has at least a /64.
+fn neighbourhood(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V4(address) => address.into(),
+        IpAddr::V6(address) => {
+            let [a, b, c, d, ..] = address.segments();
+            Ipv6Addr::new(a, b, c, d, 0, 0, 0, 0).into()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_has_as_many_places_as_the_limit_and_leaves_no_trace() {
+        let crowd = Arc::new(Crowd::default());
+        let [a, near_a, b]: [IpAddr; 3] = ["2001:db8::1", "2001:db8::2", "127.0.0.1"].map(|text| text.parse().unwrap());
+        let first = crowd.admit(a, 2);
+        let second = crowd.admit(near_a, 2);
+        assert!(first.is_some() && second.is_some());
+        assert!(crowd.admit(a, 2).is_none());
+        assert!(crowd.admit(b, 2).is_some());
+        drop(first);
+        assert!(crowd.admit(a, 2).is_some());
+        drop(second);
+        assert!(crowd.members.is_empty());
+    }
+
+    #[test]
+    fn a_shortage_is_not_a_lost_client() {
+        assert!(is_shortage(&io::Error::from_raw_os_error(Errno::MFILE.raw_os_error())));
+        assert!(!is_shortage(&io::Error::from_raw_os_error(Errno::CONNABORTED.raw_os_error())));
+    }
+}

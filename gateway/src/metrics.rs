@@ -1,0 +1,153 @@
+//! The gateway's metrics. Every label set is fixed and every handle is made once: a request increments, it never looks up
+//! by name. No microVM, host, path or method is a label (cases.md 50).
+
+use prometheus::{Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
+
+use crate::reply::Reason;
+
+/// What a client speaks, as a label.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Protocol {
+    /// HTTP/1.x.
+    Http1,
+    /// HTTP/2.
+    Http2,
+    /// gRPC over HTTP/2.
+    Grpc,
+    /// A WebSocket.
+    WebSocket,
+}
+
+impl Protocol {
+    const ALL: [Self; 4] = [Self::Http1, Self::Http2, Self::Grpc, Self::WebSocket];
+
+    /// The label.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Http1 => "h1",
+            Self::Http2 => "h2",
+            Self::Grpc => "grpc",
+            Self::WebSocket => "websocket",
+        }
+    }
+}
+
+/// `aborted`: the client left before an answer began.
+const STATUS_CLASSES: [&str; 6] = ["aborted", "1xx", "2xx", "3xx", "4xx", "5xx"];
+
+/// From a proxied request on a warm microVM (half a millisecond) to a held one (a minute).
+const REQUEST_BUCKETS: [f64; 14] = [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0];
+
+/// All of them.
+pub(crate) struct Metrics {
+    requests: [[IntCounter; STATUS_CLASSES.len()]; Protocol::ALL.len()],
+    refusals: [IntCounter; Reason::ALL.len()],
+    open_streams: [IntGauge; Protocol::ALL.len()],
+    /// From the whole header to the end of the answer (of a WebSocket: to its 101).
+    pub request_seconds: Histogram,
+    /// Opening one token.
+    pub token_open_seconds: Histogram,
+    /// Body bytes from clients.
+    pub bytes_in: IntCounter,
+    /// Body bytes to clients.
+    pub bytes_out: IntCounter,
+    /// Client connections that are open.
+    pub connections: IntGauge,
+    /// Client connections closed at once because their address has too many.
+    pub connections_refused: IntCounter,
+    /// TLS handshakes that failed or took too long.
+    pub tls_failures: IntCounter,
+    /// Accepts that failed for want of a resource.
+    pub accept_failures: IntCounter,
+    /// Streams to guests that are open.
+    pub upstream_streams: IntGauge,
+}
+
+impl Metrics {
+    /// Makes and registers all of them.
+    pub fn register(registry: &Registry) -> Result<Self, prometheus::Error> {
+        let requests = counters(registry, "edge_requests_total", "Requests answered or given up.", &["protocol", "status_class"])?;
+        let refusals = counters(registry, "edge_refusals_total", "Answers the gateway made itself.", &["reason"])?;
+        let bytes = counters(registry, "edge_bytes_total", "Body bytes that crossed the edge.", &["direction"])?;
+        let open = IntGaugeVec::new(Opts::new("edge_open_streams", "Requests and tunnels under way."), &["kind"])?;
+        registry.register(Box::new(open.clone()))?;
+        Ok(Self {
+            requests: Protocol::ALL
+                .map(|protocol| STATUS_CLASSES.map(|class| requests.with_label_values(&[protocol.as_str(), class]))),
+            refusals: Reason::ALL.map(|reason| refusals.with_label_values(&[reason.reply().word])),
+            open_streams: Protocol::ALL.map(|protocol| open.with_label_values(&[protocol.as_str()])),
+            request_seconds: histogram(registry, "edge_request_seconds", "Time of a request at the edge.", &REQUEST_BUCKETS)?,
+            token_open_seconds: histogram(
+                registry,
+                "edge_token_open_seconds",
+                "Time to open one token.",
+                &[0.000_001, 0.000_002, 0.000_005, 0.000_01, 0.000_05, 0.001],
+            )?,
+            bytes_in: bytes.with_label_values(&["in"]),
+            bytes_out: bytes.with_label_values(&["out"]),
+            connections: gauge(registry, "edge_connections", "Client connections that are open.")?,
+            connections_refused: counter(registry, "edge_connections_refused_total", "Connections over the limit of their address.")?,
+            tls_failures: counter(registry, "edge_tls_handshake_failures_total", "TLS handshakes that failed or took too long.")?,
+            accept_failures: counter(registry, "edge_accept_failures_total", "Accepts that failed for want of a resource.")?,
+            upstream_streams: gauge(registry, "edge_upstream_streams", "Streams to guests that are open.")?,
+        })
+    }
+
+    /// Counts a finished request. `status`: of its answer; `None` if the client left before one began.
+    pub fn request(&self, protocol: Protocol, status: Option<u16>) {
+        let class = status.map_or(0, |status| usize::from(status / 100).clamp(1, 5));
+        self.requests[protocol as usize][class].inc();
+    }
+
+    /// Counts an answer of the gateway's own.
+    pub fn refusal(&self, reason: Reason) {
+        self.refusals[reason.index()].inc();
+    }
+
+    /// Counts a request or tunnel as open while the guard lives.
+    pub fn open(&self, protocol: Protocol) -> Open {
+        Open::new(&self.open_streams[protocol as usize])
+    }
+}
+
+/// One more in a gauge while it lives.
+#[derive(Debug)]
+pub(crate) struct Open(IntGauge);
+
+impl Open {
+    /// Counts it.
+    pub fn new(gauge: &IntGauge) -> Self {
+        gauge.inc();
+        Self(gauge.clone())
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
+fn counters(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> Result<IntCounterVec, prometheus::Error> {
+    let metric = IntCounterVec::new(Opts::new(name, help), labels)?;
+    registry.register(Box::new(metric.clone()))?;
+    Ok(metric)
+}
+
+fn counter(registry: &Registry, name: &str, help: &str) -> Result<IntCounter, prometheus::Error> {
+    let metric = IntCounter::new(name, help)?;
+    registry.register(Box::new(metric.clone()))?;
+    Ok(metric)
+}
+
+fn gauge(registry: &Registry, name: &str, help: &str) -> Result<IntGauge, prometheus::Error> {
+    let metric = IntGauge::new(name, help)?;
+    registry.register(Box::new(metric.clone()))?;
+    Ok(metric)
+}
+
+fn histogram(registry: &Registry, name: &str, help: &str, buckets: &[f64]) -> Result<Histogram, prometheus::Error> {
+    let metric = Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets.to_vec()))?;
+    registry.register(Box::new(metric.clone()))?;
+    Ok(metric)
+}

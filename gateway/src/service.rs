@@ -1,0 +1,518 @@
+//! pingora's phases, one call each. The rules are elsewhere; this says in which order they apply.
+//!
+//! `request_filter`: framing → handshake → route → permit → wake. `upstream_peer`: awake → peer. The filters after it
+//! change headers, count bytes and report activity. An error of ours carries its [`Reason`] in the context; what pingora
+//! finds by itself is mapped in [`Service::reason_of`].
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use http::{HeaderMap, Method, StatusCode, Version, header};
+use idle_controller::Controller;
+use model::{Clock as _, SystemClock};
+use pingora_core::{
+    Error, ErrorSource, ErrorType, Result,
+    modules::http::HttpModules,
+    protocols::{Digest, l4::socket::SocketAddr},
+    upstreams::peer::HttpPeer,
+};
+use pingora_http::{RequestHeader, ResponseHeader};
+use pingora_proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
+use token::KeyRing;
+use tokio_util::task::AbortOnDropHandle;
+
+use crate::{
+    GatewayConfig, access_log,
+    auth::permit::Permit,
+    connection::Guarded,
+    context::Context,
+    framing, headers,
+    metrics::{Metrics, Protocol},
+    reply::{Asker, Reason},
+    route::Route,
+    upstream::{
+        connector::{DialFailure, FailureSlot, Peers},
+        links::{Speaks, Target},
+    },
+    wake::{self, NotAwake},
+    websocket::{self, Handshake},
+};
+
+/// A microVM that falls asleep between wake and dial is woken again this often; then the request is given up.
+const MAX_FOUND_ASLEEP: u8 = 3;
+/// Interim answers (1xx) passed on per request; a guest that sends more is broken.
+const MAX_INTERIM: u8 = 16;
+/// The body of a refused request is read and thrown away up to this size and time, so that its connection can go on.
+const MAX_SWALLOWED: usize = 64 * 1024;
+const SWALLOW_TIME: Duration = Duration::from_secs(2);
+
+/// The gateway's service.
+pub(crate) struct Service {
+    /// The settings.
+    pub config: GatewayConfig,
+    /// The microVMs.
+    pub controller: Controller,
+    /// Opens tokens.
+    pub keys: KeyRing,
+    /// The metrics.
+    pub metrics: Arc<Metrics>,
+    /// Connections to guests.
+    pub peers: Peers,
+}
+
+/// What becomes of the client's connection after an answer of ours.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Afterwards {
+    /// It goes on if the request's body can be got out of the way.
+    KeepIfClean,
+    /// It is closed: where the next request begins cannot be known, or must not be relied on.
+    Close,
+}
+
+impl Service {
+    fn header_limits(&self) -> framing::HeaderLimits {
+        framing::HeaderLimits { bytes: self.config.max_header_bytes, fields: self.config.max_header_fields }
+    }
+
+    /// Everything that is decided before any state is touched.
+    fn permit(&self, request: &RequestHeader, handshake: Option<&Handshake>) -> Result<Permit, Reason> {
+        let route = Route::of(&request.uri, &request.headers, &self.config.domain_suffix);
+        let timer = self.metrics.token_open_seconds.start_timer();
+        let permit = Permit::check(&self.keys, &self.controller, route, &request.headers, handshake, SystemClock.wall());
+        timer.observe_duration();
+        permit
+    }
+
+    fn check_body(&self, headers: &HeaderMap) -> Result<(), Reason> {
+        match (self.config.max_body_bytes, framing::stated_length(headers)) {
+            (Some(limit), Some(length)) if length > limit => Err(Reason::BodyTooLarge),
+            _ => Ok(()),
+        }
+    }
+
+    /// Waits for the microVM and keeps its hold in the context.
+    async fn wake(&self, session: &mut Session, ctx: &mut Context) -> Result<(), NotAwake> {
+        let permit = ctx.permit.as_ref().ok_or(NotAwake::Refused(Reason::Internal))?;
+        let awake = wake::held(permit, ctx.hold_until, client_left(session)).await?;
+        if let Some(report) = awake.woke() {
+            *ctx.wake.get_or_insert_default() += report.waited;
+        }
+        ctx.awake = Some(Arc::new(awake));
+        Ok(())
+    }
+
+    /// Answers by itself, by hand: pingora's own way closes the connection each time.
+    async fn refuse(&self, session: &mut Session, ctx: &mut Context, reason: Reason, afterwards: Afterwards) -> Result<()> {
+        ctx.reason = Some(reason);
+        if afterwards == Afterwards::Close || session.is_process_shutting_down() || !swallow_body(session).await {
+            session.set_keepalive(None);
+        }
+        let reply = reason.reply();
+        let mut answer = ResponseHeader::build(reply.status, Some(8))?;
+        for (name, value) in reply.fields(&ctx.request_id, ctx.asker) {
+            answer.insert_header(name, value.as_ref())?;
+        }
+        answer.insert_header(header::CONTENT_LENGTH, reply.body.len())?;
+        let has_body = !reply.body.is_empty() && session.req_header().method != Method::HEAD;
+        let downstream = session.as_downstream_mut();
+        downstream.write_response_header(Box::new(answer)).await?;
+        if has_body {
+            downstream.write_response_body(Bytes::from_static(reply.body.as_bytes()), true).await?;
+        }
+        downstream.finish_body().await
+    }
+
+    /// Whose fault an error is, and what the client reads.
+    fn reason_of(&self, error: &Error, ctx: &Context) -> Option<Reason> {
+        if let Some(reason) = ctx.reason {
+            return Some(reason);
+        }
+        if ctx.silent.get().is_some() {
+            return Some(Reason::GuestSilent);
+        }
+        match (error.esource(), error.etype()) {
+            (ErrorSource::Downstream, ErrorType::ReadTimedout) => Some(Reason::BodyTimeout),
+            (ErrorSource::Downstream, ErrorType::InvalidHTTPHeader) => Some(Reason::MalformedRequest),
+            // The client is gone, or breaks the rules of HTTP/2 and has been told so by a reset.
+            (ErrorSource::Downstream, _) => None,
+            (ErrorSource::Upstream, ErrorType::ConnectTimedout) => Some(Reason::GuestTimeout),
+            (ErrorSource::Upstream, _) => Some(Reason::GuestBroke),
+            (ErrorSource::Internal | ErrorSource::Unset, _) => Some(Reason::Internal),
+        }
+    }
+
+    fn fail(ctx: &mut Context, reason: Reason) -> Box<Error> {
+        ctx.reason = Some(reason);
+        Error::explain(ErrorType::HTTPStatus(reason.reply().status.as_u16()), reason.reply().word)
+    }
+}
+
+#[async_trait]
+impl ProxyHttp for Service {
+    type CTX = Context;
+
+    fn new_ctx(&self) -> Context {
+        Context::new(self.config.hold)
+    }
+
+    /// None: the default one brings compression, which we never do.
+    fn init_downstream_modules(&self, _modules: &mut HttpModules) {}
+
+    async fn early_request_filter(&self, session: &mut Session, ctx: &mut Context) -> Result<()> {
+        if let Some(connection) = Guarded::of(session) {
+            connection.begin_request();
+        }
+        let request = session.req_header();
+        ctx.handshake = Handshake::read(&request.method, request.version, &request.headers);
+        let grpc = headers::is_grpc(&request.headers);
+        ctx.asker = if grpc { Asker::Grpc } else { Asker::Plain };
+        ctx.protocol = match request.version {
+            _ if ctx.handshake.is_some() => Protocol::WebSocket,
+            Version::HTTP_2 if grpc => Protocol::Grpc,
+            Version::HTTP_2 => Protocol::Http2,
+            _ => Protocol::Http1,
+        };
+        ctx.speaks = if ctx.handshake.is_some() {
+            Speaks::WebSocket
+        } else if headers::forces_h2(&request.headers) || ctx.protocol == Protocol::Grpc {
+            // gRPC needs trailers, which HTTP/1.1 between us and the app would lose; AWS carries it with and without
+            // the header (aws-behaviour §1.4).
+            Speaks::Http2
+        } else {
+            Speaks::Http1
+        };
+        ctx.open = Some(self.metrics.open(ctx.protocol));
+        // Without this, a second request that comes while the first is answered aborts the first. After an upgrade
+        // request there is none: what follows may be the other protocol's bytes, never a request.
+        session.set_pipelining_enabled(ctx.handshake.is_none());
+        if session.get_keepalive().is_some() {
+            session.set_keepalive(Some(self.config.keepalive.as_secs().max(1)));
+        }
+        // A WebSocket may be silent for as long as it likes; pingora would end it after its 60 s read timeout.
+        session.set_read_timeout(ctx.handshake.is_none().then_some(self.config.body_deadline));
+        session.set_write_timeout(Some(self.config.write_deadline));
+        session.set_total_drain_timeout(Some(SWALLOW_TIME));
+        Ok(())
+    }
+
+    async fn request_filter(&self, session: &mut Session, ctx: &mut Context) -> Result<bool> {
+        let raw = if session.is_http2() { Bytes::new() } else { session.to_h1_raw() };
+        let request = session.req_header();
+        if let Err(reason) = framing::check(&request.method, request.version, &request.headers, &raw, self.header_limits()) {
+            self.refuse(session, ctx, reason, Afterwards::Close).await?;
+            return Ok(true);
+        }
+        let permit = self
+            .permit(request, ctx.handshake.as_ref())
+            .and_then(|permit| self.check_body(&request.headers).map(|()| permit));
+        match permit {
+            Ok(permit) => ctx.permit = Some(permit),
+            Err(reason) => {
+                self.refuse(session, ctx, reason, Afterwards::KeepIfClean).await?;
+                return Ok(true);
+            }
+        }
+        match self.wake(session, ctx).await {
+            Ok(()) => Ok(false),
+            Err(NotAwake::Refused(reason)) => {
+                self.refuse(session, ctx, reason, Afterwards::KeepIfClean).await?;
+                Ok(true)
+            }
+            Err(NotAwake::ClientLeft) => {
+                ctx.client_left = true;
+                Err(Error::new_down(ErrorType::ConnectionClosed))
+            }
+        }
+    }
+
+    async fn upstream_peer(&self, session: &mut Session, ctx: &mut Context) -> Result<Box<HttpPeer>> {
+        if ctx.awake.is_none() {
+            match self.wake(session, ctx).await {
+                Ok(()) => {}
+                Err(NotAwake::Refused(reason)) => return Err(Self::fail(ctx, reason)),
+                Err(NotAwake::ClientLeft) => {
+                    ctx.client_left = true;
+                    return Err(Error::new_down(ErrorType::ConnectionClosed));
+                }
+            }
+        }
+        let (Some(awake), Some(permit)) = (&ctx.awake, &ctx.permit) else {
+            return Err(Self::fail(ctx, Reason::Internal));
+        };
+        ctx.dial_failure = FailureSlot::default();
+        let target =
+            Target { microvm: permit.microvm().id(), port: permit.port(), generation: awake.generation(), speaks: ctx.speaks };
+        self.peers.peer(target, awake, &ctx.dial_failure).map(Box::new)
+    }
+
+    fn fail_to_connect(&self, _session: &mut Session, _peer: &HttpPeer, ctx: &mut Context, mut error: Box<Error>) -> Box<Error> {
+        match ctx.dial_failure.get() {
+            // Nothing was sent upstream, so that trying again cannot do anything twice.
+            Some(DialFailure::Asleep) if ctx.found_asleep < MAX_FOUND_ASLEEP => {
+                ctx.found_asleep += 1;
+                ctx.awake = None;
+                error.set_retry(true);
+            }
+            Some(DialFailure::Asleep) => ctx.reason = Some(Reason::WakeFailed),
+            Some(DialFailure::Final(reason)) => ctx.reason = Some(*reason),
+            None => {}
+        }
+        error
+    }
+
+    async fn connected_to_upstream(
+        &self,
+        _session: &mut Session,
+        reused: bool,
+        _peer: &HttpPeer,
+        descriptor: std::os::fd::RawFd,
+        _digest: Option<&Digest>,
+        ctx: &mut Context,
+    ) -> Result<()> {
+        ctx.reused = reused;
+        if ctx.speaks == Speaks::WebSocket {
+            return Ok(());
+        }
+        let (Some(awake), Some(permit)) = (&ctx.awake, &ctx.permit) else {
+            return Err(Self::fail(ctx, Reason::Internal));
+        };
+        let wanted =
+            Target { microvm: permit.microvm().id(), port: permit.port(), generation: awake.generation(), speaks: ctx.speaks };
+        let links = self.peers.links();
+        let link = links.find(descriptor);
+        // pingora's pool compares 64-bit hashes only; this compares what was hashed. No link: it has just ended.
+        if link.as_ref().is_some_and(|link| link.target != wanted) {
+            tracing::error!("a pooled connection leads elsewhere than asked; it was not used");
+            return Err(Self::fail(ctx, Reason::Internal));
+        }
+        // A connection of HTTP/2 carries other requests too, and is not cut for one of them.
+        if let (Some(limit), Some(link), Speaks::Http1) = (self.config.first_byte_deadline, &link, ctx.speaks) {
+            let (link, silent) = (link.clone(), ctx.silent.clone());
+            ctx.first_byte = Some(AbortOnDropHandle::new(links.watch(async move {
+                tokio::time::sleep(limit).await;
+                let _ = silent.set(());
+                link.cut();
+            })));
+        }
+        ctx.link = link;
+        Ok(())
+    }
+
+    async fn upstream_request_filter(&self, session: &mut Session, request: &mut RequestHeader, ctx: &mut Context) -> Result<()> {
+        for name in headers::reserved(&request.headers) {
+            request.remove_header(&name);
+        }
+        request.insert_header(headers::REQUEST_ID_FIELD, &ctx.request_id)?;
+        match &ctx.handshake {
+            Some(handshake) => {
+                request.remove_header(&header::SEC_WEBSOCKET_PROTOCOL);
+                if let Some(offer) = handshake.offer_to_app() {
+                    request.insert_header(header::SEC_WEBSOCKET_PROTOCOL, offer)?;
+                }
+            }
+            None => {
+                // Without a real handshake no upgrade is forwarded, and what a client put here may hold a token.
+                request.remove_header(&header::SEC_WEBSOCKET_PROTOCOL);
+                request.remove_header(&header::UPGRADE);
+            }
+        }
+        if ctx.speaks == Speaks::Http2 {
+            if framing::expects_continue(&request.headers) && !session.is_http2() {
+                // An app behind HTTP/2 never gets to say 100, and the client would wait for it.
+                session.as_downstream_mut().write_continue_response().await?;
+            }
+            request.remove_header(&header::EXPECT);
+        } else if let Some(cookie) = headers::joined_cookie(&request.headers) {
+            // pingora issue #892.
+            request.insert_header(header::COOKIE, cookie)?;
+        }
+        Ok(())
+    }
+
+    async fn request_body_filter(
+        &self,
+        session: &mut Session,
+        body: &mut Option<Bytes>,
+        end_of_stream: bool,
+        ctx: &mut Context,
+    ) -> Result<()> {
+        let length = body.as_ref().map_or(0, Bytes::len);
+        if length > 0 {
+            ctx.bytes_in += length as u64;
+            self.metrics.bytes_in.inc_by(length as u64);
+            ctx.touch();
+            if !session.was_upgraded() && self.config.max_body_bytes.is_some_and(|limit| ctx.bytes_in > limit) {
+                return Err(Self::fail(ctx, Reason::BodyTooLarge));
+            }
+        } else if end_of_stream {
+            // pingora issue #935: an empty last DATA frame of HTTP/2 would make a second end-of-body chunk on HTTP/1.1,
+            // which the app reads as the begin of the next request.
+            *body = None;
+        }
+        Ok(())
+    }
+
+    async fn upstream_response_filter(&self, session: &mut Session, answer: &mut ResponseHeader, ctx: &mut Context) -> Result<()> {
+        if headers::bytes(&answer.headers) > self.config.max_answer_header_bytes {
+            return Err(Self::fail(ctx, Reason::GuestHeaderTooLarge));
+        }
+        if let Err(reason) = websocket::check_switch(answer.status, ctx.handshake.as_ref()) {
+            return Err(Self::fail(ctx, reason));
+        }
+        // Ours alone: a client may rely on what it says.
+        answer.remove_header("x-dormouse-reason");
+        if answer.status.is_informational() && answer.status != StatusCode::SWITCHING_PROTOCOLS {
+            ctx.interim += 1;
+            return if ctx.interim > MAX_INTERIM { Err(Self::fail(ctx, Reason::GuestBroke)) } else { Ok(()) };
+        }
+        if let (StatusCode::SWITCHING_PROTOCOLS, Some(handshake)) = (answer.status, &ctx.handshake) {
+            match handshake.answer(&answer.headers) {
+                Ok(choice) => {
+                    answer.remove_header(&header::SEC_WEBSOCKET_PROTOCOL);
+                    if let Some(choice) = choice {
+                        answer.insert_header(header::SEC_WEBSOCKET_PROTOCOL, choice)?;
+                    }
+                }
+                Err(reason) => return Err(Self::fail(ctx, reason)),
+            }
+            ctx.answered_after = Some(ctx.begun.elapsed());
+        }
+        if session.is_process_shutting_down() {
+            session.set_keepalive(None);
+        }
+        ctx.first_byte = None;
+        if let Some(awake) = &ctx.awake {
+            awake.touch();
+            awake.streaming();
+        }
+        ctx.close_delimited = ctx.speaks == Speaks::Http1
+            && session.req_header().method != Method::HEAD
+            && !answer.headers.contains_key(header::CONTENT_LENGTH)
+            && !answer.headers.contains_key(header::TRANSFER_ENCODING);
+        answer.insert_header(headers::REQUEST_ID_FIELD, &ctx.request_id)
+    }
+
+    fn upstream_response_body_filter(
+        &self,
+        _session: &mut Session,
+        body: &mut Option<Bytes>,
+        end_of_stream: bool,
+        ctx: &mut Context,
+    ) -> Result<Option<Duration>> {
+        let length = body.as_ref().map_or(0, Bytes::len);
+        if length > 0 {
+            ctx.bytes_out += length as u64;
+            self.metrics.bytes_out.inc_by(length as u64);
+            ctx.touch();
+        }
+        // An answer that ends with its connection is whole only if the guest closed in order.
+        if end_of_stream && ctx.close_delimited && ctx.link.as_ref().is_some_and(|link| link.is_broken()) {
+            return Err(Self::fail(ctx, Reason::GuestBroke));
+        }
+        Ok(None)
+    }
+
+    async fn fail_to_proxy(&self, session: &mut Session, error: &Error, ctx: &mut Context) -> FailToProxy {
+        let reason = if ctx.client_left { None } else { self.reason_of(error, ctx) };
+        let begun = session.response_written().is_some_and(|answer| {
+            !answer.status.is_informational() || answer.status == StatusCode::SWITCHING_PROTOCOLS
+        });
+        let Some(reason) = reason else {
+            ctx.client_left |= !begun;
+            return FailToProxy { error_code: 0, can_reuse_downstream: false };
+        };
+        ctx.reason = Some(reason);
+        if reason == Reason::Internal {
+            tracing::error!(request.id = ctx.request_id, error = %error, "a request failed inside the gateway");
+        } else {
+            tracing::debug!(request.id = ctx.request_id, error = %error, "a request failed");
+        }
+        // An answer that has begun is cut short by the close, which its client can see.
+        if !begun && self.refuse(session, ctx, reason, Afterwards::Close).await.is_ok() && !session.is_http2() {
+            session.as_downstream_mut().shutdown().await;
+        }
+        FailToProxy { error_code: reason.reply().status.as_u16(), can_reuse_downstream: false }
+    }
+
+    async fn logging(&self, session: &mut Session, _error: Option<&Error>, ctx: &mut Context) {
+        let status = session.response_written().map(|answer| answer.status.as_u16());
+        let duration = ctx.begun.elapsed();
+        self.metrics.request(ctx.protocol, status);
+        self.metrics.request_seconds.observe(ctx.answered_after.unwrap_or(duration).as_secs_f64());
+        if let Some(reason) = ctx.reason {
+            self.metrics.refusal(reason);
+        }
+        access_log::request(&access_log::Entry {
+            request_id: &ctx.request_id,
+            client: match session.client_addr() {
+                Some(SocketAddr::Inet(address)) => Some(*address),
+                Some(SocketAddr::Unix(_)) | None => None,
+            },
+            method: session.req_header().method.as_str(),
+            protocol: ctx.protocol,
+            status,
+            reason: ctx.reason,
+            microvm: ctx.permit.as_ref().map(|permit| permit.microvm().id()),
+            port: ctx.permit.as_ref().map(Permit::port),
+            duration,
+            wake: ctx.wake,
+            bytes_in: ctx.bytes_in,
+            bytes_out: ctx.bytes_out,
+            reused: ctx.reused,
+        });
+        if let Some(connection) = Guarded::of(session) {
+            connection.end_request();
+        }
+    }
+
+    /// The access log says it once, without the path and host that pingora's own line would show.
+    fn suppress_error_log(&self, _session: &Session, _ctx: &Context, _error: &Error) -> bool {
+        true
+    }
+
+    fn suppress_proxy_warn_log(&self, _session: &Session, _ctx: &Context, _error: &Error, _context: ProxyWarnLogContext) -> bool {
+        true
+    }
+}
+
+/// Reads what is left of a refused request's body and throws it away, within bounds. Whether the connection is clean
+/// afterwards.
+async fn swallow_body(session: &mut Session) -> bool {
+    if session.is_http2() || session.as_downstream_mut().is_body_done() {
+        return true;
+    }
+    let headers = &session.req_header().headers;
+    // Who waits for `100 Continue` sends no body once it reads the refusal.
+    if framing::expects_continue(headers) || framing::stated_length(headers).is_some_and(|length| length > MAX_SWALLOWED as u64) {
+        return false;
+    }
+    let deadline = Instant::now() + SWALLOW_TIME;
+    let mut left = MAX_SWALLOWED;
+    loop {
+        match tokio::time::timeout_at(deadline.into(), session.as_downstream_mut().read_request_body()).await {
+            Ok(Ok(Some(bytes))) if bytes.len() <= left => left -= bytes.len(),
+            Ok(Ok(None)) => return true,
+            Ok(Ok(Some(_)) | Err(_)) | Err(_) => return false,
+        }
+    }
+}
+
+/// Ends when the client of a held request is gone, without taking anything out of its connection: the body stays in the
+/// socket meanwhile. pingora itself does not notice while a phase waits.
+async fn client_left(session: &mut Session) {
+    let socket = Guarded::of(session).map(Guarded::socket);
+    if let Some(socket) = socket {
+        if let Err(error) = socket.closed_by_client().await {
+            tracing::warn!(error = %error, "a held request's client cannot be watched; its place is kept until the deadline");
+            std::future::pending::<()>().await;
+        }
+    } else if let Some(closed) = session.as_downstream_mut().watch_h2_stream_close() {
+        let _ = closed.await;
+    } else {
+        std::future::pending::<()>().await;
+    }
+}

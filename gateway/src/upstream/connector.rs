@@ -1,0 +1,145 @@
+//! Awake microVM and port → pingora's peer, and how a connection to it is made.
+
+use std::{
+    fmt,
+    hash::{BuildHasher as _, RandomState},
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use idle_controller::Awake;
+use pingora_core::{
+    Error, ErrorType, Result,
+    connectors::L4Connect,
+    protocols::l4::{socket::SocketAddr, stream::Stream as L4Stream, virt::VirtualSocketStream},
+    upstreams::peer::{HttpPeer, HttpUpstreamRequestPolicy},
+};
+use vmm_runtime::engine::{DialError, GuestStream};
+
+use super::{
+    guest_socket::GuestSocket,
+    links::{Links, Speaks, Target},
+};
+use crate::reply::Reason;
+
+/// Streams at a time on one HTTP/2 connection to an app; pingora's default is 1.
+const STREAMS: usize = 100;
+/// What a guest may send ahead of its client, per stream and per connection: the bound on what is held in memory for a
+/// client that reads slowly. pingora's default is 8 MiB each.
+const STREAM_WINDOW: u32 = 1 << 20;
+const CONNECTION_WINDOW: u32 = 1 << 22;
+
+/// Why no connection could be made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum DialFailure {
+    /// It fell asleep in between. Nothing was sent, so it may be woken and dialled again.
+    Asleep,
+    /// The client is told.
+    Final(Reason),
+}
+
+/// Where a connector leaves why it failed, for the request that asked.
+pub(crate) type FailureSlot = Arc<OnceLock<DialFailure>>;
+
+/// Makes peers.
+pub(crate) struct Peers {
+    links: Arc<Links>,
+    keys: RandomState,
+    keepalive: Duration,
+    dial_deadline: Duration,
+}
+
+impl Peers {
+    /// Peers whose connections are tied in `links`.
+    pub fn new(links: Arc<Links>, keepalive: Duration, dial_deadline: Duration) -> Self {
+        Self { links, keys: RandomState::new(), keepalive, dial_deadline }
+    }
+
+    /// The links of all connections made.
+    pub fn links(&self) -> &Arc<Links> {
+        &self.links
+    }
+
+    /// The peer of one request.
+    pub fn peer(&self, target: Target, awake: &Arc<Awake>, failure: &FailureSlot) -> Result<HttpPeer> {
+        let mut peer = HttpPeer::new_uds(self.links.path(), false, String::new())?;
+        let options = &mut peer.options;
+        options.idle_timeout = Some(self.keepalive);
+        match target.speaks {
+            Speaks::Http1 => options.http_upstream_request_policy = HttpUpstreamRequestPolicy::deny_upgrades(),
+            Speaks::Http2 => {
+                options.set_http_version(2, 2);
+                options.max_h2_streams = STREAMS;
+                options.h2_stream_window_size = Some(STREAM_WINDOW);
+                options.h2_connection_window_size = Some(CONNECTION_WINDOW);
+            }
+            // Not kept even if the app refuses the upgrade: pingora could not reuse it and says so as an error.
+            Speaks::WebSocket => options.idle_timeout = Some(Duration::ZERO),
+        }
+        peer.group_key = match target.speaks {
+            Speaks::WebSocket => uuid::Uuid::new_v4().as_u64_pair().0,
+            Speaks::Http1 | Speaks::Http2 => self.keys.hash_one(target),
+        };
+        peer.options.custom_l4 = Some(Arc::new(Connector {
+            links: self.links.clone(),
+            target,
+            awake: awake.clone(),
+            deadline: self.dial_deadline,
+            failure: failure.clone(),
+        }));
+        Ok(peer)
+    }
+}
+
+/// Dials on behalf of one request.
+struct Connector {
+    links: Arc<Links>,
+    target: Target,
+    awake: Arc<Awake>,
+    deadline: Duration,
+    failure: FailureSlot,
+}
+
+impl Connector {
+    async fn dial(&self) -> Result<GuestStream, DialFailure> {
+        match tokio::time::timeout(self.deadline, self.awake.dial(self.target.port)).await {
+            Ok(Ok(stream)) => Ok(stream),
+            Ok(Err(DialError::Asleep)) => Err(DialFailure::Asleep),
+            Ok(Err(DialError::Refused { .. })) => Err(DialFailure::Final(Reason::PortNotListening)),
+            Ok(Err(DialError::Gone)) => Err(DialFailure::Final(Reason::Terminated)),
+            Ok(Err(DialError::Timeout { .. })) | Err(_) => Err(DialFailure::Final(Reason::GuestTimeout)),
+        }
+    }
+}
+
+impl fmt::Debug for Connector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Connector").field("target", &self.target).finish_non_exhaustive()
+    }
+}
+
+#[async_trait]
+impl L4Connect for Connector {
+    async fn connect(&self, _address: &SocketAddr) -> Result<L4Stream> {
+        let stream = match self.dial().await {
+            Ok(stream) => stream,
+            Err(failure) => {
+                let _ = self.failure.set(failure);
+                return Err(Error::explain(ErrorType::ConnectError, format!("dialling {:?}: {failure:?}", self.target)));
+            }
+        };
+        if self.target.speaks == Speaks::WebSocket {
+            let socket = GuestSocket::new(stream, self.links.count_open());
+            return Ok(VirtualSocketStream::new(Box::new(socket)).into());
+        }
+        match self.links.tie(self.target, stream) {
+            Ok(end) => Ok(end.into()),
+            Err(error) => {
+                let _ = self.failure.set(DialFailure::Final(Reason::Internal));
+                tracing::error!(error = %error, "a guest stream could not be tied to a socket pair; is the limit of open files reached?");
+                Err(Error::because(ErrorType::SocketError, "tying a guest stream", error))
+            }
+        }
+    }
+}

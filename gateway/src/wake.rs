@@ -1,0 +1,39 @@
+//! Holds a request until its microVM is awake. Takes a [`Permit`], so that an unchecked request can wake nothing.
+
+use std::{future::Future, time::Instant};
+
+use idle_controller::{Awake, Refused};
+
+use crate::{auth::permit::Permit, reply::Reason};
+
+/// Why a held request goes no further.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum NotAwake {
+    /// It is answered.
+    Refused(Reason),
+    /// Its client is gone; there is nobody to answer. A wake under way goes on for the others.
+    ClientLeft,
+}
+
+/// Waits for the microVM until `deadline`, or until `left` says that the client is gone. `left` is not polled where the
+/// microVM is awake already.
+pub(crate) async fn held(permit: &Permit, deadline: Instant, left: impl Future<Output = ()>) -> Result<Awake, NotAwake> {
+    tokio::select! {
+        // In this order: a microVM that is awake costs no watch of the client. Either arm may be dropped at any await.
+        biased;
+        awake = permit.microvm().awake(deadline) => awake.map_err(|refused| NotAwake::Refused(reason(&refused))),
+        () = left => Err(NotAwake::ClientLeft),
+    }
+}
+
+fn reason(refused: &Refused) -> Reason {
+    match refused {
+        Refused::Asleep => Reason::Suspended,
+        Refused::Terminated => Reason::Terminated,
+        Refused::StartFailed { .. } => Reason::WakeFailed,
+        Refused::TimedOut { .. } => Reason::WakeTimeout,
+        Refused::Busy => Reason::TooManyWaiting,
+        // Nobody on the request path asks for a suspend.
+        Refused::SuspendFailed { .. } => Reason::Internal,
+    }
+}

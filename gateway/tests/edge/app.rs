@@ -1,0 +1,178 @@
+//! Apps for the guest: a well-behaved one, and one that says exactly what a test tells it to.
+
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use bytes::Bytes;
+use futures::StreamExt as _;
+use http::{HeaderMap, Request, Response};
+use http_body_util::{BodyExt, StreamBody};
+use hyper::{
+    body::{Frame, Incoming},
+    service::service_fn,
+};
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo},
+    server::conn::auto,
+};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpListener, TcpStream},
+    sync::{Notify, mpsc},
+};
+
+use crate::rig::{Body, full};
+
+/// What the well-behaved app shows of itself.
+#[derive(Clone, Default)]
+pub struct App {
+    /// Requests whose header came.
+    pub requests: Arc<AtomicUsize>,
+    /// Connections that were made.
+    pub connections: Arc<AtomicUsize>,
+    /// Requests that came over a connection that had carried another host before.
+    pub mixed: Arc<AtomicUsize>,
+    /// Requests to `/slow` wait for this.
+    pub go: Arc<Notify>,
+    /// Counts requests to `/slow` and bodies of `/events` that were dropped unfinished.
+    pub dropped: Arc<AtomicUsize>,
+}
+
+struct Unfinished(Option<Arc<AtomicUsize>>);
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        if let Some(dropped) = self.0.take() {
+            dropped.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+}
+
+impl App {
+    /// Serves HTTP/1.1 and HTTP/2 with prior knowledge.
+    pub async fn start() -> (Self, SocketAddr) {
+        let app = Self::default();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let serving = app.clone();
+        tokio::spawn(async move {
+            while let Ok((tcp, _)) = listener.accept().await {
+                tcp.set_nodelay(true).unwrap();
+                serving.connections.fetch_add(1, Ordering::SeqCst);
+                let app = serving.clone();
+                tokio::spawn(async move {
+                    let first_host = Arc::new(OnceLock::new());
+                    let service = service_fn(move |request: Request<Incoming>| {
+                        let app = app.clone();
+                        let host = request.uri().authority().map(ToString::to_string);
+                        let host = host.unwrap_or_else(|| request.headers()["host"].to_str().unwrap().to_owned());
+                        if *first_host.get_or_init(|| host.clone()) != host {
+                            app.mixed.fetch_add(1, Ordering::SeqCst);
+                        }
+                        async move { Ok::<_, std::convert::Infallible>(app.answer(request).await) }
+                    });
+                    let _ = auto::Builder::new(TokioExecutor::new()).serve_connection(TokioIo::new(tcp), service).await;
+                });
+            }
+        });
+        (app, address)
+    }
+
+    async fn answer(&self, request: Request<Incoming>) -> Response<Body> {
+        self.requests.fetch_add(1, Ordering::SeqCst);
+        match request.uri().path() {
+            "/slow" => {
+                let mut unfinished = Unfinished(Some(self.dropped.clone()));
+                self.go.notified().await;
+                unfinished.0 = None;
+                Response::new(full("at last"))
+            }
+            // Two events; the second one after `go`.
+            "/events" => {
+                let (send, receive) = mpsc::channel::<Bytes>(1);
+                let (go, dropped) = (self.go.clone(), self.dropped.clone());
+                tokio::spawn(async move {
+                    let _ = send.send(Bytes::from_static(b"data: 1\n\n")).await;
+                    tokio::select! {
+                        () = go.notified() => { let _ = send.send(Bytes::from_static(b"data: 2\n\n")).await; }
+                        () = send.closed() => { dropped.fetch_add(1, Ordering::SeqCst); }
+                    }
+                });
+                let frames = futures::stream::unfold(receive, |mut receive| async move { Some((receive.recv().await?, receive)) });
+                let body = StreamBody::new(frames.map(|bytes| Ok(Frame::data(bytes))));
+                Response::builder().header("content-type", "text/event-stream").body(BodyExt::boxed(body)).unwrap()
+            }
+            // Echoes each piece of the body at once, then sends trailers, as a gRPC server does.
+            "/duplex" => {
+                let trailers: HeaderMap = [("grpc-status", "0"), ("grpc-message", "fine")]
+                    .into_iter()
+                    .map(|(name, value)| (http::HeaderName::from_static(name), http::HeaderValue::from_static(value)))
+                    .collect();
+                let echoed = request.into_body().into_data_stream().map(|bytes| Ok(Frame::data(bytes?)));
+                let body = StreamBody::new(echoed.chain(futures::stream::once(async move { Ok(Frame::trailers(trailers)) })));
+                Response::builder().header("content-type", "application/grpc").body(BodyExt::boxed(body)).unwrap()
+            }
+            "/length" => {
+                let length = request.into_body().collect().await.map(|body| body.to_bytes().len());
+                Response::new(full(format!("{length:?}")))
+            }
+            // What came in, one field to a line.
+            _ => {
+                let mut text = format!("{} {} {:?}\n", request.method(), request.uri().path(), request.version());
+                for (name, value) in request.headers() {
+                    text.push_str(&format!("{name}: {}\n", String::from_utf8_lossy(value.as_bytes())));
+                }
+                let body = request.into_body().collect().await.map(|body| body.to_bytes()).unwrap_or_default();
+                text.push_str(&format!("\n{}", String::from_utf8_lossy(&body)));
+                Response::builder().header("set-cookie", "a=1").header("set-cookie", "b=2").body(full(text)).unwrap()
+            }
+        }
+    }
+}
+
+/// Plays a script to each connection. What the guest reads is kept.
+pub async fn scripted<F, R>(script: F) -> SocketAddr
+where
+    F: Fn(TcpStream) -> R + Send + 'static,
+    R: Future<Output = ()> + Send + 'static,
+{
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((tcp, _)) = listener.accept().await {
+            tokio::spawn(script(tcp));
+        }
+    });
+    address
+}
+
+/// Reads until the end of a header.
+pub async fn read_header(tcp: &mut TcpStream) -> String {
+    let mut header = Vec::new();
+    while !header.ends_with(b"\r\n\r\n") {
+        match tcp.read_u8().await {
+            Ok(byte) => header.push(byte),
+            Err(_) => break,
+        }
+    }
+    String::from_utf8_lossy(&header).into_owned()
+}
+
+/// A guest that reads a header, says these bytes and closes.
+pub async fn canned(answer: impl Into<Vec<u8>>) -> SocketAddr {
+    let answer = Arc::new(answer.into());
+    scripted(move |mut tcp| {
+        let answer = answer.clone();
+        async move {
+            read_header(&mut tcp).await;
+            let _ = tcp.write_all(&answer).await;
+            let _ = tcp.shutdown().await;
+        }
+    })
+    .await
+}

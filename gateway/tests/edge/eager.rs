@@ -1,0 +1,125 @@
+//! A loopback engine whose streams have their first bytes at hand when they are dialled: the guest that is always faster
+//! than the gateway, which pingora issue #946 needs to show itself.
+
+use std::{
+    any::Any,
+    io::Cursor,
+    path::PathBuf,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use model::{Generation, MicrovmId, Port};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
+use tokio_util::sync::CancellationToken;
+use vmm_runtime::{
+    engine::{
+        BootSpec, DialError, Engine, EngineError, Exit, GuestStream, ImageSnapshot, LaunchSpec, RestoreSpec, SnapshotRecord, Started,
+        SuspendOutcome, Usage, Vm,
+    },
+    loopback::LoopbackEngine,
+};
+
+pub struct EagerEngine(pub LoopbackEngine);
+
+struct EagerVm(Arc<dyn Vm>);
+
+fn eager(started: Started) -> Started {
+    Started { vm: Arc::new(EagerVm(started.vm)), ..started }
+}
+
+/// What was read already, then the rest.
+struct Prefetched {
+    first: Cursor<Vec<u8>>,
+    rest: GuestStream,
+}
+
+impl AsyncRead for Prefetched {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<std::io::Result<()>> {
+        if self.first.position() < self.first.get_ref().len() as u64 {
+            return Pin::new(&mut self.first).poll_read(cx, buf);
+        }
+        self.rest.as_mut().poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Prefetched {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<std::io::Result<usize>> {
+        self.rest.as_mut().poll_write(cx, buf)
+    }
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        self.rest.as_mut().poll_flush(cx)
+    }
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        self.rest.as_mut().poll_shutdown(cx)
+    }
+}
+
+#[async_trait]
+impl Vm for EagerVm {
+    async fn dial(&self, port: Port) -> Result<GuestStream, DialError> {
+        let mut rest = self.0.dial(port).await?;
+        let mut first = vec![0; 4096];
+        let length = rest.read(&mut first).await.map_err(|_| DialError::Gone)?;
+        first.truncate(length);
+        Ok(Box::pin(Prefetched { first: Cursor::new(first), rest }))
+    }
+    async fn ready(&self, limit: Duration) -> Result<Port, EngineError> {
+        self.0.ready(limit).await
+    }
+    async fn suspend(&self, cancel: CancellationToken) -> Result<SuspendOutcome, EngineError> {
+        self.0.suspend(cancel).await
+    }
+    async fn parked_write(&self) {
+        self.0.parked_write().await;
+    }
+    async fn kill(&self) {
+        self.0.kill().await;
+    }
+    async fn exited(&self) -> Exit {
+        self.0.exited().await
+    }
+    async fn usage(&self) -> Usage {
+        self.0.usage().await
+    }
+    fn as_any(&self) -> &dyn Any {
+        self.0.as_any()
+    }
+}
+
+#[async_trait]
+impl Engine for EagerEngine {
+    fn name(&self) -> &'static str {
+        self.0.name()
+    }
+    async fn boot(&self, spec: BootSpec) -> Result<Arc<dyn Vm>, EngineError> {
+        self.0.boot(spec).await
+    }
+    async fn capture_image(&self, vm: Arc<dyn Vm>, into: PathBuf) -> Result<ImageSnapshot, EngineError> {
+        self.0.capture_image(vm, into).await
+    }
+    async fn launch(&self, spec: LaunchSpec) -> Result<Started, EngineError> {
+        self.0.launch(spec).await.map(eager)
+    }
+    async fn restore(&self, spec: RestoreSpec) -> Result<Started, EngineError> {
+        self.0.restore(spec).await.map(eager)
+    }
+    async fn adopt(&self, id: MicrovmId, dir: PathBuf, image_dir: PathBuf, generation: Generation) -> Result<Option<Arc<dyn Vm>>, EngineError> {
+        self.0.adopt(id, dir, image_dir, generation).await
+    }
+    async fn committed(&self, dir: PathBuf) -> Result<Option<SnapshotRecord>, EngineError> {
+        self.0.committed(dir).await
+    }
+    async fn warm(&self, image_dir: PathBuf) {
+        self.0.warm(image_dir).await;
+    }
+    async fn sweep(&self, keep: &[MicrovmId]) -> Result<(), EngineError> {
+        self.0.sweep(keep).await
+    }
+    async fn close(&self) {
+        self.0.close().await;
+    }
+}

@@ -1,0 +1,224 @@
+//! Clients and guests that do not keep to the rules (cases 20, 21, 24–26, 28, 31), byte by byte.
+
+use std::{sync::atomic::Ordering, time::Duration};
+
+use model::PortScope;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+use crate::{
+    app::{App, canned, read_header, scripted},
+    rig::{Microvm, Rig, full, get, h2_request, within},
+};
+
+/// Everything the gateway says to these bytes until it closes or falls silent.
+async fn raw(rig: &Rig, bytes: &[u8]) -> String {
+    let mut tls = rig.tls(&["http/1.1"]).await;
+    // Whoever refuses early may have closed already.
+    let _ = tls.write_all(bytes).await;
+    let mut answer = Vec::new();
+    let mut piece = vec![0; 4096];
+    while let Ok(Ok(read)) = tokio::time::timeout(Duration::from_secs(3), tls.read(&mut piece)).await {
+        if read == 0 {
+            break;
+        }
+        answer.extend_from_slice(&piece[..read]);
+    }
+    String::from_utf8_lossy(&answer).into_owned()
+}
+
+fn statuses(text: &str) -> Vec<&str> {
+    text.split("HTTP/1.1 ").skip(1).map(|answer| &answer[..3]).collect()
+}
+
+async fn rig() -> (Rig, App, Microvm, String) {
+    let rig = Rig::new().await;
+    let (app, address) = App::start().await;
+    let vm = rig.microvm(address).await;
+    let token = rig.token(&vm, PortScope::All);
+    (rig, app, vm, token)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn malformed_requests_are_refused_with_a_reason_and_reach_nobody() {
+    let (rig, app, vm, token) = rig().await;
+    let host = &vm.host;
+    let mut wrong = String::new();
+    let good = format!("host: {host}\r\nx-aws-proxy-auth: {token}\r\nconnection: close\r\n");
+    for (what, text, status, reason) in [
+        ("a blank before the colon", format!("GET / HTTP/1.1\r\n{good}x : 1\r\n\r\n"), "400", "malformed-request"),
+        ("a folded line", format!("GET / HTTP/1.1\r\n{good}x: 1\r\n 2\r\n\r\n"), "400", "malformed-request"),
+        ("a NUL", format!("GET / HTTP/1.1\r\n{good}x: \0\r\n\r\n"), "400", "malformed-request"),
+        ("a bare CR", format!("GET / HTTP/1.1\r\n{good}x: a\rb\r\n\r\n"), "400", "malformed-request"),
+        ("two hosts", format!("GET / HTTP/1.1\r\n{good}host: {host}\r\n\r\n"), "400", "malformed-request"),
+        ("no host", format!("GET / HTTP/1.1\r\nx-aws-proxy-auth: {token}\r\n\r\n"), "400", "malformed-request"),
+        ("another host in the target", format!("GET http://other/ HTTP/1.1\r\n{good}\r\n"), "400", "malformed-request"),
+        ("userinfo", format!("GET / HTTP/1.1\r\nhost: u@{host}\r\nx-aws-proxy-auth: {token}\r\n\r\n"), "400", "malformed-request"),
+        ("garbage", "\u{1}\u{2}\r\n\r\n".to_owned(), "400", "malformed-request"),
+        ("CONNECT", format!("CONNECT {host}:443 HTTP/1.1\r\n{good}\r\n"), "405", "method-not-allowed"),
+        ("TRACE", format!("TRACE / HTTP/1.1\r\n{good}\r\n"), "405", "method-not-allowed"),
+        ("TE and CL", format!("POST / HTTP/1.1\r\n{good}content-length: 3\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n"), "400", "ambiguous-framing"),
+        ("CL twice", format!("POST / HTTP/1.1\r\n{good}content-length: 3\r\ncontent-length: 3\r\n\r\nabc"), "400", "ambiguous-framing"),
+        ("a list of CL", format!("POST / HTTP/1.1\r\n{good}content-length: 3, 3\r\n\r\nabc"), "400", "ambiguous-framing"),
+        ("two different CL", format!("POST / HTTP/1.1\r\n{good}content-length: 3\r\ncontent-length: 4\r\n\r\nabcd"), "400", "malformed-request"),
+        ("a signed CL", format!("POST / HTTP/1.1\r\n{good}content-length: +3\r\n\r\nabc"), "400", "malformed-request"),
+        ("another coding", format!("POST / HTTP/1.1\r\n{good}transfer-encoding: gzip, chunked\r\n\r\n0\r\n\r\n"), "501", "unsupported-transfer-coding"),
+        ("chunked twice", format!("POST / HTTP/1.1\r\n{good}transfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n"), "501", "unsupported-transfer-coding"),
+        ("chunked in the middle", format!("POST / HTTP/1.1\r\n{good}transfer-encoding: chunked, identity\r\n\r\n0\r\n\r\n"), "400", "malformed-request"),
+        ("chunked in HTTP/1.0", format!("POST / HTTP/1.0\r\n{good}transfer-encoding: chunked\r\n\r\n0\r\n\r\n"), "400", "malformed-request"),
+        ("many fields", format!("GET / HTTP/1.1\r\n{good}{}\r\n", "a: 1\r\n".repeat(150)), "431", "header-too-large"),
+        ("very many fields", format!("GET / HTTP/1.1\r\n{good}{}\r\n", "a: 1\r\n".repeat(10_000)), "431", "header-too-large"),
+        ("a large field", format!("GET / HTTP/1.1\r\n{good}a: {}\r\n\r\n", "x".repeat(30_000)), "431", "header-too-large"),
+        ("a huge field", format!("GET / HTTP/1.1\r\n{good}a: {}\r\n\r\n", "x".repeat(2 << 20)), "431", "header-too-large"),
+    ] {
+        let answer = raw(&rig, text.as_bytes()).await;
+        let lines = [format!("\r\nx-dormouse-reason: {reason}\r\n"), "\r\nx-amzn-requestid: ".into(), "\r\nconnection: close\r\n".into()];
+        if statuses(&answer) != [status] || !lines.iter().all(|line| answer.to_lowercase().contains(line)) {
+            wrong.push_str(&format!("{what}: wanted {status} {reason}, read\n{answer}\n"));
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong}");
+    assert_eq!(app.requests.load(Ordering::SeqCst), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_large_header_of_h2_is_refused_and_its_connection_goes_on() {
+    let (rig, app, vm, token) = rig().await;
+    let mut h2 = rig.h2().await;
+    let large = "x".repeat(30_000);
+    let fields = [("x-aws-proxy-auth", token.as_str()), ("a", &large)];
+    assert_eq!(h2.send(h2_request("GET", &vm.host, "/", &fields, full(""))).await.status, 431);
+    let many: Vec<_> = [("x-aws-proxy-auth", token.as_str())].into_iter().chain([("a", "1"); 150]).collect();
+    let answer = h2.send(h2_request("GET", &vm.host, "/", &many, full(""))).await;
+    assert_eq!((answer.status, answer.reason()), (431, "header-too-large"));
+    assert_eq!(app.requests.load(Ordering::SeqCst), 0);
+    assert_eq!(h2.send(h2_request("GET", &vm.host, "/", &fields[..1], full(""))).await.status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn case_21_fields_named_by_connection_do_not_change_who_gets_in() {
+    let (rig, _app, vm, token) = rig().await;
+    for (named, status) in [("x-aws-proxy-auth", "200"), ("x-aws-proxy-port", "200"), ("x-custom", "200"), ("host", "400"), ("x-forwarded-for", "400")] {
+        let text = format!(
+            "GET / HTTP/1.1\r\nhost: {}\r\nx-aws-proxy-auth: {token}\r\nx-aws-proxy-port: 8080\r\nx-custom: secret\r\nx-forwarded-for: 1.1.1.1\r\nconnection: close, {named}\r\n\r\n",
+            vm.host
+        );
+        let answer = raw(&rig, text.as_bytes()).await;
+        assert_eq!(statuses(&answer)[0], status, "{named}: {answer}");
+        if named == "x-custom" {
+            assert!(!answer.contains("secret"), "{answer}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn case_26_a_refused_body_is_never_taken_for_a_request() {
+    let (rig, app, vm, token) = rig().await;
+    let smuggled = format!("GET /smuggled HTTP/1.1\r\nhost: {}\r\nx-aws-proxy-auth: {token}\r\n\r\n", vm.host);
+    let second = format!("GET /second HTTP/1.1\r\nhost: {}\r\nx-aws-proxy-auth: {token}\r\nconnection: close\r\n\r\n", vm.host);
+    let refused = |length: usize| format!("POST / HTTP/1.1\r\nhost: {}\r\ncontent-length: {length}\r\n\r\n", vm.host);
+
+    // A small body is read away: the request after it is judged on its own.
+    let answer = raw(&rig, format!("{}{smuggled}{second}", refused(smuggled.len())).as_bytes()).await;
+    assert_eq!(statuses(&answer), ["403", "200"], "{answer}");
+    assert!(answer.contains("GET /second ") && !answer.contains("/smuggled"), "{answer}");
+
+    // A large one ends the connection.
+    let answer = raw(&rig, format!("{}{smuggled}", refused(10 << 20)).as_bytes()).await;
+    assert_eq!(statuses(&answer), ["403"], "{answer}");
+    assert!(answer.to_lowercase().contains("connection: close"), "{answer}");
+
+    // A second request without a token is refused although the first one had one.
+    let answer = raw(&rig, format!("{}{}", second.replace("connection: close\r\n", ""), refused(0)).as_bytes()).await;
+    assert_eq!(statuses(&answer), ["200", "403"], "{answer}");
+    assert_eq!(app.requests.load(Ordering::SeqCst), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn case_31_a_bad_guest_is_a_502_or_a_visible_cut() {
+    let rig = Rig::with(|config| config.first_byte_deadline = Some(Duration::from_millis(300))).await;
+    let ok = "HTTP/1.1 200 OK\r\n";
+    let interim = "HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\n".repeat(100);
+    for (what, guest, status, reason) in [
+        ("two lengths", canned(format!("{ok}content-length: 3\r\ncontent-length: 4\r\n\r\nabcd")).await, 502, "guest-answer-broken"),
+        ("a bad name", canned(format!("{ok}b ad: 1\r\n\r\n")).await, 502, "guest-answer-broken"),
+        ("a NUL", canned(format!("{ok}a: \0\r\n\r\n")).await, 502, "guest-answer-broken"),
+        ("HTTP/0.9", canned("hello").await, 502, "guest-answer-broken"),
+        ("nothing", canned("").await, 502, "guest-answer-broken"),
+        ("a large header", canned(format!("{ok}a: {}\r\ncontent-length: 0\r\n\r\n", "x".repeat(100_000))).await, 502, "guest-header-too-large"),
+        ("endless interim answers", canned(format!("{interim}{ok}content-length: 0\r\n\r\n")).await, 502, "guest-answer-broken"),
+        ("silence", scripted(|mut tcp| async move { while tcp.read(&mut [0; 100]).await.is_ok_and(|read| read > 0) {} }).await, 504, "guest-silent"),
+    ] {
+        let vm = rig.microvm(guest).await;
+        let token = rig.token(&vm, PortScope::All);
+        let answer = rig.h2().await.send(h2_request("POST", &vm.host, "/", &[("x-aws-proxy-auth", &token)], full("x"))).await;
+        assert_eq!((answer.status, answer.reason(), answer.text()), (status, reason, ""), "{what}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn case_31_a_cut_answer_is_seen_as_cut() {
+    let rig = Rig::new().await;
+    let reset = |head: &'static str| {
+        scripted(move |mut tcp| async move {
+            read_header(&mut tcp).await;
+            let _ = tcp.write_all(head.as_bytes()).await;
+            tcp.set_zero_linger().unwrap();
+        })
+    };
+    for (what, guest) in [
+        ("too short", canned("HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\nshort").await),
+        ("no last chunk", canned("HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nshort\r\n").await),
+        ("a reset where the close is the end", reset("HTTP/1.1 200 OK\r\n\r\nshort").await),
+    ] {
+        let vm = rig.microvm(guest).await;
+        let token = rig.token(&vm, PortScope::All);
+        let auth = [("x-aws-proxy-auth", token.as_str())];
+        for version in [1, 2] {
+            let response = if version == 1 {
+                let mut h1 = rig.h1().await;
+                within(what, h1.0.send_request(get(&vm.host, "/", &auth))).await
+            } else {
+                let mut h2 = rig.h2().await;
+                within(what, h2.0.send_request(h2_request("GET", &vm.host, "/", &auth, full("")))).await
+            };
+            // The reset may overtake the answer's begin; a 502 says it as well.
+            let Ok(response) = response else { continue };
+            if response.status() == 502 {
+                continue;
+            }
+            let body = within(what, http_body_util::BodyExt::collect(response.into_body())).await;
+            assert!(body.is_err(), "{what}, HTTP/{version}: {:?}", body.map(|body| body.to_bytes()));
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn case_31_extra_bytes_of_a_guest_never_reach_the_next_client() {
+    let rig = Rig::new().await;
+    let extra = "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nokHTTP/1.1 200 OK\r\ncontent-length: 6\r\n\r\npoison";
+    let guest = scripted(move |mut tcp| async move {
+        while !read_header(&mut tcp).await.is_empty() {
+            if tcp.write_all(extra.as_bytes()).await.is_err() {
+                return;
+            }
+        }
+    })
+    .await;
+    let vm = rig.microvm(guest).await;
+    let token = rig.token(&vm, PortScope::All);
+    let mut h1 = rig.h1().await;
+    for _ in 0..20 {
+        let answer = h1.send(get(&vm.host, "/", &[("x-aws-proxy-auth", &token)])).await;
+        assert_eq!((answer.status, answer.text()), (200, "ok"));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_cannot_speak_in_the_gateways_name() {
+    let rig = Rig::new().await;
+    let vm = rig.microvm(canned("HTTP/1.1 503 No\r\nx-dormouse-reason: terminated\r\nx-amzn-requestid: mine\r\ncontent-length: 0\r\n\r\n").await).await;
+    let token = rig.token(&vm, PortScope::All);
+    let answer = rig.h1().await.send(get(&vm.host, "/", &[("x-aws-proxy-auth", &token)])).await;
+    assert_eq!((answer.status, answer.reason()), (503, ""));
+    assert_ne!(answer.header("x-amzn-requestid"), Some("mine"));
+}

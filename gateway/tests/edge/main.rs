@@ -1,0 +1,14 @@
+//! The gateway from outside: real sockets, real TLS, the real controller over the loopback engine, other people's clients.
+//!
+//! Numbers in names of tests are cases of the list of 52 that the project keeps.
+
+mod admission;
+mod app;
+mod connections;
+mod eager;
+mod forwarding;
+mod hostile;
+mod lifecycle;
+mod log;
+mod rig;
+mod websocket;

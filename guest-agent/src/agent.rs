@@ -1,0 +1,177 @@
+//! What the agent does for the host.
+
+use std::{
+    io,
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
+
+use model::Port;
+use protocol::{
+    agent::{AppSpec, Reply, Request, Restored},
+    guest::{Guest, GuestEnd},
+};
+use rustix::process::{Pid, WaitOptions, WaitStatus};
+use tokio::{
+    net::TcpStream,
+    signal::unix::{SignalKind, signal},
+    sync::Mutex,
+    task::JoinHandle,
+};
+
+use crate::{
+    app,
+    cgroup::AppCgroup,
+    listeners,
+    machine::{self, SetupError},
+};
+
+/// How long the end of the app waits for the last of its output.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// The agent. Lock order: `root` before `app`.
+pub(crate) struct Agent {
+    end: GuestEnd,
+    cgroup: AppCgroup,
+    /// Whether the root disk is the root, and one start at a time.
+    root: Mutex<Root>,
+    app: std::sync::Mutex<Running>,
+}
+
+#[derive(PartialEq, Eq)]
+enum Root {
+    Initramfs,
+    Disk,
+}
+
+#[derive(Default)]
+struct Running {
+    pid: Option<Pid>,
+    /// Ends with the app's output.
+    output: Option<JoinHandle<()>>,
+    /// Of a process that ended before its number was noted.
+    ended: Option<(Pid, i32)>,
+    ends: Option<JoinHandle<()>>,
+}
+
+impl Agent {
+    pub fn new(end: GuestEnd) -> Result<Self, SetupError> {
+        Ok(Self { end, cgroup: AppCgroup::create()?, root: Mutex::new(Root::Initramfs), app: std::sync::Mutex::default() })
+    }
+
+    async fn start(&self, spec: &AppSpec) -> Result<(), String> {
+        let mut root = self.root.lock().await;
+        if self.running().pid.is_some() {
+            return Err("the app has been started already".to_owned());
+        }
+        if *root == Root::Initramfs {
+            machine::switch_root().await.map_err(|error| error.to_string())?;
+            *root = Root::Disk;
+        }
+        machine::furnish().map_err(|error| error.to_string())?;
+        let started = app::start(spec, &self.cgroup).await.map_err(|error| error.to_string())?;
+        let output = tokio::spawn(app::forward_output(started.output, self.end.clone()));
+        let mut running = self.running();
+        running.pid = Some(started.pid);
+        running.output = Some(output);
+        if let Some((pid, code)) = running.ended.take()
+            && pid == started.pid
+        {
+            self.app_ended(&mut running, code);
+        }
+        Ok(())
+    }
+
+    fn running(&self) -> std::sync::MutexGuard<'_, Running> {
+        self.app.lock().expect("nobody panics while holding it")
+    }
+
+    /// Collects ended processes, as PID 1 must, and notices the app among them.
+    pub fn reap(self: Arc<Self>) -> io::Result<JoinHandle<()>> {
+        let mut ended = signal(SignalKind::child())?;
+        Ok(tokio::spawn(async move {
+            while ended.recv().await.is_some() {
+                // One signal may stand for many ends.
+                while let Ok(Some((pid, status))) = rustix::process::wait(WaitOptions::NOHANG) {
+                    self.ended(pid, exit_code(status));
+                }
+            }
+        }))
+    }
+
+    fn ended(&self, pid: Pid, code: i32) {
+        let mut running = self.running();
+        match running.pid {
+            Some(app) if app == pid => self.app_ended(&mut running, code),
+            // `start` is between making the process and noting its number, or the process never became the app.
+            None => running.ended = Some((pid, code)),
+            Some(_) => {}
+        }
+    }
+
+    fn app_ended(&self, running: &mut Running, code: i32) {
+        crate::say!("the app ended with code {code}");
+        let (output, end) = (running.output.take(), self.end.clone());
+        running.ends = Some(tokio::spawn(async move {
+            // The namespace died with its PID 1, so the pipe ends; what is in it is often why.
+            let last_words = async {
+                if let Some(output) = output {
+                    let _ = output.await;
+                }
+                end.output_sent().await;
+            };
+            let _ = tokio::time::timeout(LAST_WORDS, last_words).await;
+            end.app_exited(code);
+        }));
+    }
+}
+
+fn exit_code(status: WaitStatus) -> i32 {
+    status.exit_status().or_else(|| status.terminating_signal().map(|signal| 128 + signal)).unwrap_or(255)
+}
+
+impl Guest for Agent {
+    type Conn = TcpStream;
+
+    async fn connect(&self, port: Port) -> io::Result<TcpStream> {
+        let connect = |address: SocketAddr| TcpStream::connect(address);
+        let stream = match connect((Ipv4Addr::LOCALHOST, port.get()).into()).await {
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => connect((Ipv6Addr::LOCALHOST, port.get()).into()).await?,
+            other => other?,
+        };
+        stream.set_nodelay(true)?;
+        Ok(stream)
+    }
+
+    fn reset(&self, connection: TcpStream) {
+        // Without it the app would see an orderly end. It fails only on a socket that is gone, which is as good.
+        let _ = connection.set_zero_linger();
+    }
+
+    async fn request(&self, request: Request) -> Reply {
+        match request {
+            Request::Start(spec) => match self.start(&spec).await {
+                Ok(()) => Reply::Done,
+                Err(why) => Reply::Failed(why),
+            },
+            Request::AwaitReady { exposed, limit_ms } => match listeners::ready(&exposed, Duration::from_millis(limit_ms)).await {
+                Some(port) => Reply::Ready(port),
+                None => Reply::NotReady,
+            },
+            Request::Stats => Reply::Stats { streams: self.end.streams() as u32, realtime_ns: machine::realtime_ns() },
+        }
+    }
+
+    async fn freeze(&self) -> Result<(), String> {
+        self.cgroup.freeze().await.map_err(|error| error.to_string())
+    }
+
+    async fn thaw(&self) -> Result<(), String> {
+        self.cgroup.thaw().map_err(|error| error.to_string())
+    }
+
+    async fn restored(&self, restored: &Restored) -> Result<(), String> {
+        machine::wake_up(restored).map_err(|error| error.to_string())
+    }
+}

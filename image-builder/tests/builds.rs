@@ -1,0 +1,284 @@
+//! Real builds: buildah, the Debian base, mkfs; only the guest is missing.
+
+mod support;
+
+use std::{sync::Arc, sync::atomic::Ordering, time::Duration};
+
+use image_builder::{Artifact, BuildState, Catalog, CatalogError};
+use model::ImageVersion;
+use support::{Bench, can_build, config, image, port, processes_of, request, within, zip};
+use tokio_util::sync::CancellationToken;
+
+/// The article's app, unchanged.
+const APP: &str = include_str!("../../demo/app/app.py");
+const DOCKERFILE: &str = include_str!("../../demo/app/Dockerfile");
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_articles_app_becomes_a_snapshot() {
+    if !can_build() {
+        return;
+    }
+    let bench = Bench::new().await;
+    let record = bench.build("hello", &[("Dockerfile", DOCKERFILE), ("app.py", APP)]).await;
+    assert_eq!((record.state, record.failure.clone()), (BuildState::Successful, None), "{}", bench.log("hello"));
+    assert_eq!(record.ready_port, Some(port(8080)));
+    assert_eq!((record.shape.memory_mib, record.shape.vcpus, record.shape.disk_gib), (512, 1, 8));
+    assert_eq!(record.request, serde_json::json!({"description": "kept as it is"}));
+
+    let boot = bench.engine.last_boot();
+    assert_eq!(boot.app.argv, ["python3", "app.py"]);
+    assert_eq!((boot.app.workdir.as_str(), boot.app.user.as_str(), &boot.app.exposed[..]), ("/app", "", &[port(8080)][..]));
+    assert_eq!(boot.shape, record.shape);
+    let env = |name: &str| boot.app.env.iter().find(|(other, _)| other == name).map(|(_, value)| value.as_str());
+    assert_eq!((env("FROM_REQUEST"), env("HOME")), (Some("yes"), Some("/root")));
+    assert!(env("PATH").is_some_and(|path| path.contains("/usr/bin")));
+
+    assert_eq!(bench.on_disk("hello", "cat /app/app.py"), APP);
+    assert!(bench.on_disk("hello", "stats").contains("Filesystem volume name:   dormouse"));
+    assert!(!bench.on_disk("hello", "features").contains("has_journal"));
+    assert!(bench.on_disk("hello", "ls -p /").contains("/proc/"));
+    let log = bench.log("hello");
+    for part in ["is this node's Debian 12 base image", "STEP 2/6: RUN dnf install", "Already installed: python3", "The app listens on port 8080", "The image is ready."] {
+        assert!(log.contains(part), "{part} is not in the log:\n{log}");
+    }
+    bench.assert_clean();
+
+    // The next process finds it.
+    let again = Catalog::open(config(bench.dir.path()), Arc::new(bench.engine.clone())).await.unwrap();
+    let (active, dir) = again.latest_active(&image("hello")).unwrap();
+    assert_eq!((active.state, active.ready_port), (BuildState::Successful, Some(port(8080))));
+    assert!(dir.join("manifest.json").is_file());
+    let taken = again.create(request("hello", Artifact::Directory("/nowhere".into()))).await;
+    assert!(matches!(taken, Err(CatalogError::NameTaken(_))));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_images_configuration_reaches_the_guest() {
+    if !can_build() {
+        return;
+    }
+    let bench = Bench::new().await;
+    bench.engine.inner.listen(port(9000), "127.0.0.1:9".parse().unwrap());
+    let dockerfile = r#"ARG TAG=bookworm-slim
+FROM --platform=linux/arm64 debian:${TAG} AS build
+RUN echo made > /made
+FROM docker.io/library/python:3.11-slim
+COPY --from=build /made /srv/made
+RUN <<EOF
+useradd --create-home --uid 1234 web
+echo "from a here-document" > /srv/doc
+EOF
+ENV A=1 OVERRIDDEN=image
+WORKDIR /srv
+COPY --chown=web . .
+USER web
+EXPOSE 9000 8080/tcp 53/udp
+ENTRYPOINT ["python", "-m"]
+CMD ["http.server"]
+"#;
+    let project = bench.dir.path().join("project");
+    std::fs::create_dir(&project).unwrap();
+    std::fs::write(project.join("Dockerfile"), dockerfile).unwrap();
+    std::fs::write(project.join(".dockerignore"), "secret\n").unwrap();
+    std::fs::write(project.join("secret"), "x").unwrap();
+    let record = bench.build_artifact("mapped", Artifact::Directory(project)).await;
+    assert_eq!(record.failure, None, "{}", bench.log("mapped"));
+    let app = bench.engine.last_boot().app;
+    assert_eq!(app.argv, ["python", "-m", "http.server"]);
+    assert_eq!((app.workdir.as_str(), app.user.as_str()), ("/srv", "web"));
+    assert_eq!(app.exposed, [port(9000), port(8080)]);
+    let env = |name: &str| app.env.iter().find(|(other, _)| other == name).map(|(_, value)| value.as_str());
+    assert_eq!((env("A"), env("OVERRIDDEN"), env("HOME"), env("LANG")), (Some("1"), Some("by the request"), Some("/home/web"), Some("C.UTF-8")));
+    assert_eq!(bench.on_disk("mapped", "cat /srv/made"), "made\n");
+    assert_eq!(bench.on_disk("mapped", "cat /srv/doc"), "from a here-document\n");
+    assert!(bench.on_disk("mapped", "stat /srv/Dockerfile").contains("User:  1234"));
+    assert_eq!(bench.on_disk("mapped", "cat /srv/secret"), "", "left out by .dockerignore");
+    assert!(bench.log("mapped").contains("--platform=linux/arm64 is left out"));
+    bench.assert_clean();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn failures_say_what_to_mend() {
+    if !can_build() {
+        return;
+    }
+    let bench = Bench::new().await;
+    let failing = "FROM public.ecr.aws/lambda/microvms:al2023-minimal\n\n# why\nRUN echo before && \\\n    echo the reason >&2 && exit 3\nCMD x\n";
+    let (code, message) = bench.failure("run", &[("Dockerfile", failing)]).await;
+    assert_eq!(code, "CONTAINER_BUILD_FAILED");
+    assert_eq!(message, "Dockerfile line 4 (RUN echo before && …) failed with exit status 3; the last lines of its output:\nbefore\nthe reason");
+
+    let (code, message) = bench.failure("copy", &[("Dockerfile", "FROM debian\nCOPY nope /x\nCMD x\n")]).await;
+    assert_eq!(code, "CONTAINER_BUILD_FAILED");
+    assert!(message.starts_with("Dockerfile line 2 (COPY nope /x) failed: ") && message.contains("no such file"), "{message}");
+
+    let (code, message) = bench.failure("from", &[("Dockerfile", "\nFROM nowhere.invalid/x:1\nCMD x\n")]).await;
+    assert_eq!(code, "CONTAINER_BUILD_FAILED");
+    assert!(message.starts_with("Dockerfile line 2: the image nowhere.invalid/x:1 is not held by this node and could not be pulled ("), "{message}");
+    assert!(message.contains("This node holds: ") && message.contains("debian:12"), "{message}");
+
+    let (code, message) = bench.failure("nothing", &[("app.py", "")]).await;
+    assert_eq!(code, "ARCHIVE_DOCKERFILE_NOT_FOUND");
+    assert_eq!(message, "there is no Dockerfile at the root of the archive");
+
+    let (code, message) = bench.failure("idle", &[("Dockerfile", "FROM scratch\nCOPY Dockerfile /\n")]).await;
+    assert_eq!(code, "CONTAINER_BUILD_FAILED");
+    assert!(message.contains("needs a CMD or an ENTRYPOINT"), "{message}");
+
+    let (code, message) = bench.failure("dnf", &[("Dockerfile", "FROM amazonlinux:2023\nRUN dnf groupinstall -y 'Development Tools'\n")]).await;
+    assert_eq!(code, "CONTAINER_BUILD_FAILED");
+    assert!(message.contains("line 2") && message.contains("groupinstall is not known here"), "{message}");
+
+    let path = bench.dir.path().join("bad.zip");
+    std::fs::write(&path, &zip(&[("Dockerfile", "FROM debian")])[..40]).unwrap();
+    let failure = bench.build_artifact("bad", Artifact::Zip(path)).await.failure.unwrap();
+    assert_eq!(failure.code, "ARCHIVE_INVALID");
+    let failure = bench.build_artifact("gone", Artifact::Zip(bench.dir.path().join("gone.zip"))).await.failure.unwrap();
+    assert!(failure.message.contains("gone.zip cannot be read"), "{failure:?}");
+    assert_eq!(bench.engine.boots.borrow().len(), 0, "nothing of this was booted");
+    bench.assert_clean();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_app_that_does_not_come_up_fails_the_build() {
+    if !can_build() {
+        return;
+    }
+    let bench = Bench::new().await;
+    let files = [("Dockerfile", "FROM debian\nEXPOSE 7000\nCMD [\"/bin/app\"]\n")];
+    *bench.engine.fail_boot.lock().unwrap() = Some((3, "Traceback\nImportError: nope\n"));
+    let (code, message) = bench.failure("crash", &files).await;
+    assert_eq!(code, "CONTAINER_BUILD_FAILED");
+    assert_eq!(message, "the app (/bin/app) ended with exit code 3 before the snapshot was taken; the last lines of its output:\nTraceback\nImportError: nope");
+    assert!(bench.log("crash").contains("\nImportError: nope\n"));
+    assert!(bench.catalog.latest_active(&image("crash")).is_none());
+
+    // Nobody listens on 7000, so this one waits for its limit.
+    let dir = tempfile::tempdir().unwrap();
+    let limits = image_builder::BuilderConfig { ready_timeout: Duration::from_secs(1), ..config(dir.path()) };
+    let catalog = Catalog::open(limits, Arc::new(bench.engine.clone())).await.unwrap();
+    let path = dir.path().join("a.zip");
+    std::fs::write(&path, zip(&files)).unwrap();
+    catalog.create(request("silent", Artifact::Zip(path))).await.unwrap();
+    let failure = within(catalog.finished(&image("silent"), ImageVersion::FIRST)).await.unwrap().failure.unwrap();
+    assert_eq!(failure.code, "CONTAINER_BUILD_FAILED");
+    assert!(failure.message.contains("did not listen on port 7000, which the Dockerfile EXPOSEs, within 1 s"), "{failure:?}");
+    bench.assert_clean();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn builds_run_side_by_side_up_to_the_limit() {
+    if !can_build() {
+        return;
+    }
+    let bench = Bench::new().await;
+    bench.engine.permits.forget_permits(usize::MAX >> 4);
+    let path = bench.dir.path().join("a.zip");
+    std::fs::write(&path, zip(&[("Dockerfile", "FROM debian\nEXPOSE 8080\nCMD x\n")])).unwrap();
+    let names = ["a", "b", "c", "d"];
+    for name in names {
+        let record = bench.catalog.create(request(name, Artifact::Zip(path.clone()))).await.unwrap();
+        assert!(matches!(record.state, BuildState::Pending | BuildState::InProgress));
+    }
+    // Of two callers with one name, one is refused.
+    assert!(matches!(bench.catalog.create(request("a", Artifact::Zip(path.clone()))).await, Err(CatalogError::NameTaken(_))));
+
+    let mut boots = bench.engine.boots.subscribe();
+    within(boots.wait_for(|boots| boots.len() == 2)).await.unwrap();
+    let states = |wanted: BuildState| bench.catalog.list().iter().filter(|record| record.state == wanted).count();
+    assert_eq!((states(BuildState::InProgress), states(BuildState::Pending)), (2, 2));
+    bench.engine.permits.add_permits(4);
+    for name in names {
+        let record = within(bench.catalog.finished(&image(name), ImageVersion::FIRST)).await.unwrap();
+        assert_eq!(record.failure, None);
+    }
+    assert_eq!(bench.engine.most_under_way.load(Ordering::SeqCst), 2);
+    assert_eq!(bench.catalog.list().iter().map(|record| record.name.to_string()).collect::<Vec<_>>(), names);
+    bench.assert_clean();
+}
+
+/// A build that prints `sleeping` and then does not end by itself.
+const SLEEPER: &str = "FROM debian\nRUN echo sleeping; setsid sh -c 'trap \"\" TERM; sleep 100000' & sleep 100000\nCMD x\n";
+
+async fn sleeping(catalog: &Catalog, name: &str) {
+    let log = catalog.build_log(&image(name), ImageVersion::FIRST);
+    let asleep = async {
+        while !std::fs::read_to_string(&log).is_ok_and(|text| text.contains("\nsleeping\n")) {
+            tokio::task::yield_now().await;
+        }
+    };
+    within(asleep).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn closing_cancels_what_runs_and_what_waits() {
+    if !can_build() {
+        return;
+    }
+    let bench = Bench::new().await;
+    let path = bench.dir.path().join("a.zip");
+    std::fs::write(&path, zip(&[("Dockerfile", SLEEPER)])).unwrap();
+    for name in ["a", "b", "c"] {
+        bench.catalog.create(request(name, Artifact::Zip(path.clone()))).await.unwrap();
+    }
+    let mut running = Vec::new();
+    while running.len() < 2 {
+        running = bench.catalog.list().into_iter().filter(|record| record.state == BuildState::InProgress).collect();
+        tokio::task::yield_now().await;
+    }
+    for record in &running {
+        sleeping(&bench.catalog, record.name.as_str()).await;
+    }
+    within(bench.catalog.close(CancellationToken::new())).await;
+    for record in bench.catalog.list() {
+        let failure = record.failure.expect("it was cancelled");
+        assert_eq!((record.state, failure.code.as_str()), (BuildState::Failed, "INTERNAL_PLATFORM_ERROR"));
+        assert!(failure.message.contains("the node was stopped"), "{failure:?}");
+    }
+    assert!(bench.catalog.create(request("late", Artifact::Zip(path))).await.is_err());
+    bench.assert_clean();
+}
+
+#[test]
+fn a_crash_leaves_failed_records_and_nothing_else() {
+    if !can_build() {
+        return;
+    }
+    let runtime = || tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    let first = runtime();
+    let bench = first.block_on(async {
+        let bench = Bench::new().await;
+        let path = bench.dir.path().join("a.zip");
+        std::fs::write(&path, zip(&[("Dockerfile", SLEEPER)])).unwrap();
+        bench.catalog.create(request("cut", Artifact::Zip(path))).await.unwrap();
+        sleeping(&bench.catalog, "cut").await;
+        bench
+    });
+    assert!(!processes_of(bench.dir.path()).is_empty());
+    // No task of it runs on: as far as the disk and the build's processes can tell, this process was killed.
+    first.shutdown_background();
+
+    runtime().block_on(async {
+        let catalog = Catalog::open(config(bench.dir.path()), Arc::new(bench.engine.clone())).await.unwrap();
+        let record = catalog.get(&image("cut"), ImageVersion::FIRST).unwrap();
+        assert_eq!(record.state, BuildState::Failed);
+        assert!(record.failure.unwrap().message.contains("the node stopped while"));
+        // What is finished is finished at once.
+        assert!(within(catalog.finished(&image("cut"), ImageVersion::FIRST)).await.is_some());
+        assert!(within(catalog.finished(&image("never"), ImageVersion::FIRST)).await.is_none());
+    });
+    bench.assert_clean();
+}
+
+#[tokio::test]
+async fn a_damaged_record_hides_one_image_and_no_other() {
+    let bench = Bench::new().await;
+    let images = bench.dir.path().join("images");
+    std::fs::create_dir_all(images.join("broken/1.0")).unwrap();
+    std::fs::write(images.join("broken/1.0/record.json"), "{").unwrap();
+    let catalog = Catalog::open(config(bench.dir.path()), Arc::new(bench.engine.clone())).await.unwrap();
+    assert!(catalog.get(&image("broken"), ImageVersion::FIRST).is_none());
+    let refused = catalog.create(request("broken", Artifact::Directory("/nowhere".into()))).await;
+    assert!(matches!(refused, Err(CatalogError::Storage { .. })), "its directory is not overwritten");
+    assert_eq!(std::fs::read_to_string(images.join("broken/1.0/record.json")).unwrap(), "{");
+}

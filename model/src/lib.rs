@@ -1,0 +1,19 @@
+//! The nouns every piece of Dormouse shares.
+//!
+//! Owns: ids, public states, ports and port scopes, the idle policy, the clock trait. Never does I/O, never reads the
+//! time by itself, knows nothing of engines, sockets or HTTP.
+#![forbid(unsafe_code)]
+
+pub mod clock;
+pub mod ids;
+pub mod policy;
+pub mod port;
+pub mod size;
+pub mod state;
+
+pub use clock::{Clock, SystemClock};
+pub use ids::{EndpointId, Generation, ImageName, ImageVersion, MicrovmId, ParseIdError};
+pub use policy::{IdlePolicy, MAX_DURATION};
+pub use port::{Port, PortRange, PortScope};
+pub use size::{MemorySize, Shape};
+pub use state::MicrovmState;

@@ -1,0 +1,80 @@
+//! The agent's messages: what the host asks, what the agent answers, what it says unasked. JSON on the control stream.
+
+use std::collections::BTreeMap;
+
+use model::{Generation, Port};
+use serde::{Deserialize, Serialize};
+
+/// What the guest agent starts: an OCI image's configuration, resolved.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AppSpec {
+    /// ENTRYPOINT followed by CMD; not empty.
+    pub argv: Vec<String>,
+    /// ENV, with PATH and HOME always present.
+    pub env: Vec<(String, String)>,
+    /// WORKDIR; `/` if the image names none.
+    pub workdir: String,
+    /// USER as the image has it (`name`, `uid`, `name:group`, `uid:gid`), resolved in the guest; empty means root.
+    pub user: String,
+    /// EXPOSEd TCP ports, in order; the first one that listens means ready. Empty: any port that listens.
+    pub exposed: Vec<Port>,
+}
+
+/// What the host asks. Each is answered by exactly one [`Reply`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Request {
+    /// Mount the root disk if that is not done, and start the app. Once per guest.
+    Start(AppSpec),
+    /// Answer when the app listens on one of these ports (any if empty), or after the limit.
+    AwaitReady {
+        /// The ports that count.
+        exposed: Vec<Port>,
+        /// In milliseconds.
+        limit_ms: u64,
+    },
+    /// Counters, and proof that the agent lives.
+    Stats,
+}
+
+/// What the host tells the agent at every restore, before anything else moves.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Restored {
+    /// CLOCK_REALTIME of the host, nanoseconds since the epoch, read just before sending.
+    pub realtime_ns: u64,
+    /// 64 bytes from the host's RNG, hex.
+    pub entropy: String,
+    /// The generation that begins.
+    pub generation: Generation,
+    /// See `LaunchSpec::identity`.
+    pub identity: BTreeMap<String, String>,
+}
+
+/// The agent's answer to a [`Request`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Reply {
+    /// Done.
+    Done,
+    /// The app listens on this port.
+    Ready(Port),
+    /// Not within the limit.
+    NotReady,
+    /// Counters.
+    Stats {
+        /// Open streams the agent knows.
+        streams: u32,
+        /// CLOCK_REALTIME in the guest, nanoseconds since the epoch.
+        realtime_ns: u64,
+    },
+    /// Could not be done; a sentence.
+    Failed(String),
+}
+
+/// What the agent says unasked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Event {
+    /// The app (pid 1 of its namespace) ended; 128 + signal for a signal.
+    AppExited {
+        /// Exit code.
+        code: i32,
+    },
+}

@@ -1,0 +1,520 @@
+//! One multiplexed stream: its state at one end, and the handle its user holds.
+
+use std::{
+    collections::VecDeque,
+    io::{self, ErrorKind},
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, Waker, ready},
+};
+
+use bytes::{Buf, Bytes, BytesMut};
+use model::Port;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use crate::{
+    frame::{Kind, MAX_PAYLOAD, put_frame},
+    mux::{Mux, Side, Violation, WINDOW, wait},
+};
+
+/// Room is given back when this much of it has been read: often enough that a sender never runs dry, rarely enough that
+/// credits cost nothing.
+const CREDIT_AT: usize = WINDOW / 4;
+/// Received pieces below this are gathered, so that a sender of many small frames cannot cost the receiver much more
+/// memory than the bytes it sent.
+const GATHER_BELOW: usize = 8 * 1024;
+
+/// How far a stream has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Stage {
+    /// Host: OPEN is to be sent.
+    Unsent(Port),
+    /// Host: OPEN is sent, no answer yet.
+    Asked,
+    /// Host: answered with REFUSED. The other side has forgotten it.
+    Refused,
+    /// Guest: being connected to the port.
+    Connecting,
+    /// Guest: OPENED is to be sent.
+    Accepting,
+    /// Guest: REFUSED is to be sent.
+    Refusing,
+    Open,
+    /// RESET is to be sent.
+    Resetting,
+    /// Reset by either side; nothing more is sent, and what arrives is ignored.
+    Dead,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fin {
+    Not,
+    Due,
+    Sent,
+}
+
+pub(crate) struct Stream {
+    pub stage: Stage,
+    /// In the queue of turns.
+    pub scheduled: bool,
+    /// A user holds the handle.
+    held: bool,
+    /// Accepted from the user, not yet taken by the writer.
+    send: BytesMut,
+    /// Bytes that the other side still takes beyond `send`.
+    credit: usize,
+    fin: Fin,
+    /// RESET follows when `send` is empty (and FIN, if it is due, is sent).
+    reset_when_sent: bool,
+    inbox: Inbox,
+    /// Bytes that the other side may still send.
+    room: usize,
+    /// Read by the user since the last CREDIT.
+    unreported: usize,
+    fin_received: bool,
+    reader: Option<Waker>,
+    /// Also waits for the answer to OPEN.
+    writer: Option<Waker>,
+}
+
+/// Bytes that wait for the user.
+#[derive(Default)]
+struct Inbox {
+    pieces: VecDeque<Bytes>,
+    small: BytesMut,
+    len: usize,
+}
+
+impl Inbox {
+    fn push(&mut self, piece: Bytes) {
+        self.len += piece.len();
+        if piece.len() < GATHER_BELOW {
+            self.small.extend_from_slice(&piece);
+            return;
+        }
+        if !self.small.is_empty() {
+            self.pieces.push_back(self.small.split().freeze());
+        }
+        self.pieces.push_back(piece);
+    }
+
+    /// The first piece, at most `limit` bytes of it.
+    fn pop(&mut self, limit: usize) -> Option<Bytes> {
+        let piece = match self.pieces.front_mut() {
+            Some(piece) if piece.len() > limit => piece.split_to(limit),
+            Some(_) => self.pieces.pop_front()?,
+            None if self.small.is_empty() => return None,
+            None => {
+                let piece = self.small.split_to(self.small.len().min(limit)).freeze();
+                if self.small.is_empty() {
+                    self.small = BytesMut::new();
+                }
+                piece
+            }
+        };
+        self.len -= piece.len();
+        Some(piece)
+    }
+}
+
+impl Stream {
+    fn new(stage: Stage, held: bool) -> Self {
+        Self {
+            stage,
+            scheduled: false,
+            held,
+            send: BytesMut::new(),
+            credit: WINDOW,
+            fin: Fin::Not,
+            reset_when_sent: false,
+            inbox: Inbox::default(),
+            room: WINDOW,
+            unreported: 0,
+            fin_received: false,
+            reader: None,
+            writer: None,
+        }
+    }
+
+    pub fn opening(port: Port) -> Self {
+        Self::new(Stage::Unsent(port), true)
+    }
+
+    pub fn connecting() -> Self {
+        Self::new(Stage::Connecting, true)
+    }
+
+    pub fn refusing() -> Self {
+        Self::new(Stage::Refusing, false)
+    }
+
+    /// Bytes accepted and not yet taken by the writer.
+    pub fn queued(&self) -> usize {
+        self.send.len()
+    }
+
+    /// Open or being opened, with something still to come from either side.
+    pub fn is_live(&self) -> bool {
+        match self.stage {
+            Stage::Unsent(_) | Stage::Asked | Stage::Connecting | Stage::Accepting => true,
+            Stage::Open => !(self.fin == Fin::Sent && self.fin_received),
+            Stage::Refused | Stage::Refusing | Stage::Resetting | Stage::Dead => false,
+        }
+    }
+
+    /// Nobody needs it any more.
+    pub fn is_finished(&self) -> bool {
+        !self.held && matches!(self.stage, Stage::Open | Stage::Dead | Stage::Refused) && !self.is_live()
+    }
+
+    fn credit_is_due(&self) -> bool {
+        self.unreported >= CREDIT_AT && !self.fin_received
+    }
+
+    pub fn has_work(&self) -> bool {
+        match self.stage {
+            Stage::Unsent(_) | Stage::Accepting | Stage::Refusing | Stage::Resetting => true,
+            Stage::Open => !self.send.is_empty() || self.fin == Fin::Due || self.reset_when_sent || self.credit_is_due(),
+            Stage::Asked | Stage::Connecting | Stage::Refused | Stage::Dead => false,
+        }
+    }
+
+    /// Writes one turn's frames; answers how many bytes of data were taken.
+    pub fn emit(&mut self, id: u32, out: &mut BytesMut) -> usize {
+        match self.stage {
+            Stage::Unsent(port) => {
+                put_frame(out, Kind::Open, id, &port.get().to_le_bytes());
+                self.stage = Stage::Asked;
+                return 0;
+            }
+            Stage::Refusing => {
+                put_frame(out, Kind::Refused, id, &[]);
+                self.stage = Stage::Dead;
+                return 0;
+            }
+            Stage::Resetting => {
+                put_frame(out, Kind::Reset, id, &[]);
+                self.stage = Stage::Dead;
+                return 0;
+            }
+            Stage::Asked | Stage::Connecting | Stage::Refused | Stage::Dead => return 0,
+            Stage::Accepting => {
+                put_frame(out, Kind::Opened, id, &[]);
+                self.stage = Stage::Open;
+            }
+            Stage::Open => {}
+        }
+        if self.credit_is_due() {
+            put_frame(out, Kind::Credit, id, &(self.unreported as u32).to_le_bytes());
+            self.room += self.unreported;
+            self.unreported = 0;
+        }
+        let taken = self.send.len().min(MAX_PAYLOAD);
+        if taken > 0 {
+            put_frame(out, Kind::Data, id, &self.send[..taken]);
+            self.send.advance(taken);
+        }
+        if self.send.is_empty() {
+            // An idle stream holds no buffer.
+            self.send = BytesMut::new();
+            if self.fin == Fin::Due {
+                put_frame(out, Kind::Fin, id, &[]);
+                self.fin = Fin::Sent;
+            }
+            if self.reset_when_sent {
+                self.stage = Stage::Resetting;
+            }
+        }
+        taken
+    }
+
+    /// Resets it without a word to the other side. What has arrived can still be read.
+    pub fn abort(&mut self, wakers: &mut Vec<Waker>) {
+        self.stage = if self.stage == Stage::Refused { Stage::Refused } else { Stage::Dead };
+        self.send = BytesMut::new();
+        self.wake(wakers);
+    }
+
+    fn wake(&mut self, wakers: &mut Vec<Waker>) {
+        wakers.extend(self.reader.take());
+        wakers.extend(self.writer.take());
+    }
+
+    pub fn opened(&mut self, wakers: &mut Vec<Waker>) {
+        if self.stage == Stage::Asked {
+            self.stage = Stage::Open;
+            self.wake(wakers);
+        }
+    }
+
+    pub fn refused(&mut self, wakers: &mut Vec<Waker>) {
+        if self.stage == Stage::Asked {
+            self.stage = Stage::Refused;
+            self.wake(wakers);
+        } else if self.stage == Stage::Resetting {
+            self.stage = Stage::Dead;
+        }
+    }
+
+    pub fn receive(&mut self, id: u32, data: Bytes, wakers: &mut Vec<Waker>) -> Result<(), Violation> {
+        match self.stage {
+            Stage::Open => {}
+            Stage::Resetting | Stage::Dead => return Ok(()),
+            _ => return Err(Violation::Unexpected(Kind::Data)),
+        }
+        if self.fin_received {
+            return Err(Violation::AfterFin(id));
+        }
+        self.room = self.room.checked_sub(data.len()).ok_or(Violation::Window(id))?;
+        if self.held && !data.is_empty() {
+            self.inbox.push(data);
+            wakers.extend(self.reader.take());
+        }
+        Ok(())
+    }
+
+    pub fn credit(&mut self, id: u32, bytes: usize, wakers: &mut Vec<Waker>) -> Result<(), Violation> {
+        if self.stage == Stage::Open {
+            self.credit += bytes;
+            if self.credit + self.send.len() > WINDOW {
+                return Err(Violation::Window(id));
+            }
+            wakers.extend(self.writer.take());
+        }
+        Ok(())
+    }
+
+    pub fn receive_fin(&mut self, wakers: &mut Vec<Waker>) {
+        if self.stage == Stage::Open {
+            self.fin_received = true;
+            wakers.extend(self.reader.take());
+        }
+    }
+
+    fn read(&mut self, limit: usize) -> Option<Bytes> {
+        let piece = self.inbox.pop(limit)?;
+        self.unreported += piece.len();
+        Some(piece)
+    }
+
+    /// The user's handle is gone.
+    fn release(&mut self) {
+        self.held = false;
+        self.inbox = Inbox::default();
+        self.stage = match self.stage {
+            Stage::Unsent(_) => Stage::Dead,
+            Stage::Asked => Stage::Resetting,
+            Stage::Connecting => Stage::Refusing,
+            Stage::Accepting | Stage::Open if self.fin == Fin::Not && !self.reset_when_sent => Stage::Resetting,
+            stage @ (Stage::Accepting | Stage::Open) => {
+                // What was written before the shutdown still arrives, as with a TCP socket.
+                self.reset_when_sent |= !self.fin_received;
+                stage
+            }
+            stage @ (Stage::Refused | Stage::Refusing | Stage::Resetting | Stage::Dead) => stage,
+        };
+        if !matches!(self.stage, Stage::Accepting | Stage::Open) {
+            self.send = BytesMut::new();
+        }
+    }
+}
+
+/// One multiplexed stream: bytes to a guest port and back, with half-close. Parked while the link is quiesced or
+/// detached; reset (an error on read and write) when the guest forgot it.
+///
+/// A dropped handle resets the stream, except for what [`AsyncWrite::poll_shutdown`] has already promised to deliver.
+pub struct MuxStream {
+    mux: Arc<Mux>,
+    id: u32,
+}
+
+impl std::fmt::Debug for MuxStream {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("MuxStream").field("id", &self.id).finish_non_exhaustive()
+    }
+}
+
+/// How an OPEN ended.
+pub(crate) enum Answer {
+    Opened,
+    Refused,
+    Gone,
+}
+
+impl MuxStream {
+    /// The handle of a stream that is in the table and has none yet.
+    pub(crate) fn new(mux: Arc<Mux>, id: u32) -> Self {
+        Self { mux, id }
+    }
+
+    fn with<R>(&self, act: impl FnOnce(&mut Stream) -> R) -> Option<R> {
+        let mut core = self.mux.lock();
+        let result = act(core.streams.get_mut(&self.id)?);
+        core.settle(self.id);
+        Some(result)
+    }
+
+    /// Host: waits for the answer to OPEN.
+    pub(crate) async fn answered(&self) -> Answer {
+        std::future::poll_fn(|cx| {
+            self.with(|stream| match stream.stage {
+                Stage::Unsent(_) | Stage::Asked => wait(&mut stream.writer, cx),
+                Stage::Refused => Poll::Ready(Answer::Refused),
+                Stage::Dead | Stage::Resetting => Poll::Ready(Answer::Gone),
+                _ => Poll::Ready(Answer::Opened),
+            })
+            .unwrap_or(Poll::Ready(Answer::Gone))
+        })
+        .await
+    }
+
+    /// Guest: connected. `false` if the host has given up meanwhile.
+    pub(crate) fn accept(&self) -> bool {
+        self.with(|stream| {
+            let wanted = stream.stage == Stage::Connecting;
+            if wanted {
+                stream.stage = Stage::Accepting;
+            }
+            wanted
+        })
+        .unwrap_or(false)
+    }
+
+    /// The next received piece without a copy; `None` at the end.
+    pub(crate) fn poll_piece(&self, cx: &mut Context<'_>, limit: usize) -> Poll<io::Result<Option<Bytes>>> {
+        self.with(|stream| {
+            if let Some(piece) = stream.read(limit) {
+                return Poll::Ready(Ok(Some(piece)));
+            }
+            if stream.fin_received {
+                return Poll::Ready(Ok(None));
+            }
+            match stream.stage {
+                Stage::Unsent(_) | Stage::Asked | Stage::Connecting | Stage::Accepting | Stage::Open => wait(&mut stream.reader, cx),
+                Stage::Refused | Stage::Refusing | Stage::Resetting | Stage::Dead => Poll::Ready(Err(gone())),
+            }
+        })
+        .unwrap_or_else(|| Poll::Ready(Err(gone())))
+    }
+
+    /// How many bytes a write would take now; waits while it is none.
+    pub(crate) fn poll_room(&self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        self.with(|stream| match stream.stage {
+            _ if stream.fin != Fin::Not => Poll::Ready(Err(ErrorKind::BrokenPipe.into())),
+            Stage::Accepting | Stage::Open if stream.credit == 0 => wait(&mut stream.writer, cx),
+            Stage::Accepting | Stage::Open => Poll::Ready(Ok(stream.credit)),
+            _ => Poll::Ready(Err(gone())),
+        })
+        .unwrap_or_else(|| Poll::Ready(Err(gone())))
+    }
+
+    /// Writes as much of `buffers` as there is room for.
+    pub(crate) fn poll_send(&self, cx: &mut Context<'_>, buffers: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        if buffers.iter().all(|buffer| buffer.is_empty()) {
+            return Poll::Ready(Ok(0));
+        }
+        ready!(self.poll_room(cx))?;
+        let mut core = self.mux.lock();
+        let Some(stream) = core.streams.get_mut(&self.id) else { return Poll::Ready(Err(gone())) };
+        let mut taken = 0;
+        if matches!(stream.stage, Stage::Accepting | Stage::Open) {
+            for buffer in buffers {
+                let n = buffer.len().min(stream.credit);
+                stream.send.extend_from_slice(&buffer[..n]);
+                stream.credit -= n;
+                taken += n;
+            }
+        }
+        if taken == 0 {
+            // Reset since the look above, which only this handle's owner follows with a write.
+            return Poll::Ready(Err(gone()));
+        }
+        core.queued_bytes += taken;
+        core.settle(self.id);
+        let parked = core.side == Side::Host && core.gate == crate::mux::Gate::Shut;
+        drop(core);
+        if parked {
+            self.mux.changed.notify_waiters();
+        }
+        Poll::Ready(Ok(taken))
+    }
+
+    /// The other side has said that it writes no more.
+    pub(crate) fn is_ended_by_peer(&self) -> bool {
+        self.with(|stream| stream.fin_received).unwrap_or(false)
+    }
+
+    /// When everything written has been sent, the stream is reset.
+    pub(crate) fn reset_when_sent(&self) {
+        self.with(|stream| stream.reset_when_sent |= matches!(stream.stage, Stage::Accepting | Stage::Open));
+    }
+
+    /// Nothing more will be written.
+    pub(crate) fn finish(&self) {
+        self.with(|stream| {
+            if stream.fin == Fin::Not && matches!(stream.stage, Stage::Accepting | Stage::Open) {
+                stream.fin = Fin::Due;
+            }
+        });
+    }
+}
+
+fn gone() -> io::Error {
+    io::Error::new(ErrorKind::ConnectionReset, "the stream was reset")
+}
+
+impl AsyncRead for MuxStream {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buf.remaining();
+        if before == 0 {
+            return Poll::Ready(Ok(()));
+        }
+        while buf.remaining() > 0 {
+            match self.poll_piece(cx, buf.remaining()) {
+                Poll::Ready(Ok(Some(piece))) => buf.put_slice(&piece),
+                // What was read before an end, an error or a wait is handed out first; the rest shows at the next read.
+                _ if buf.remaining() < before => break,
+                Poll::Ready(Ok(None)) => break,
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                Poll::Pending => return Poll::Pending,
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for MuxStream {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        self.poll_send(cx, &[io::IoSlice::new(buf)])
+    }
+
+    fn poll_write_vectored(self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        self.poll_send(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    /// What was written is on its way by itself.
+    fn poll_flush(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.finish();
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl Drop for MuxStream {
+    fn drop(&mut self) {
+        let mut core = self.mux.lock();
+        let Some(stream) = core.streams.get_mut(&self.id) else { return };
+        let queued = stream.queued();
+        stream.release();
+        let still_queued = stream.queued();
+        core.queued_bytes -= queued - still_queued;
+        core.settle(self.id);
+    }
+}

@@ -1,0 +1,134 @@
+"""Fixtures: one node for the whole run, three images that are built when the first test needs them, microVMs to share.
+
+The tests need $DORMOUSE_BIN and the clients of requirements.txt; `make test-system` has both. `DORMOUSE_KEEP=1` keeps the
+data directory of the run for a look afterwards.
+"""
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from harness import clients, images
+from harness.microvm import PATIENT, Microvm
+from harness.node import Node, binary, live
+
+HERE = Path(__file__).parent
+
+clients.loopback_for_localhost()
+
+
+@pytest.fixture(scope="session")
+def run_dir():
+    """Everything that the run writes. Not pytest's own tmp_path: guest disks are sparse files of gigabytes, and the three
+    last runs are more than anybody wants to keep."""
+    path = Path(tempfile.mkdtemp(prefix="dormouse-tests-", dir=os.environ.get("DORMOUSE_TMP")))
+    yield path
+    if os.environ.get("DORMOUSE_KEEP"):
+        print(f"\nkept: {path}")
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def node(run_dir):
+    """The node. When the run ends it must stop in order and leave neither a process nor a token in its log."""
+    with Node(run_dir / "node") as node:
+        yield node
+
+
+def grpc_wheels(run_dir):
+    """grpcio for the guest, unpacked: the guest's Python is Debian 12's, and a build has no package registry."""
+    wanted = run_dir / "wheels"
+    version = metadata.version("grpcio")
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile", "--target", wanted / "vendor",
+         "--only-binary", ":all:", "--platform", "manylinux_2_17_x86_64", "--platform", "manylinux2014_x86_64",
+         "--python-version", "3.11", f"grpcio=={version}"],
+        check=True, stdin=subprocess.DEVNULL,
+    )
+    return wanted
+
+
+@pytest.fixture(scope="session")
+def hello_image(node):
+    """The article's app, as the article has it."""
+    return images.build(node, "hello-microvm-test", images.zip_of(images.ARTICLE_APP))
+
+
+@pytest.fixture(scope="session")
+def kitchen_image(node):
+    """apps/kitchen_sink: one path per thing that a gateway or a sleep could break."""
+    return images.build(node, "kitchen-sink", images.zip_of(HERE / "apps" / "kitchen_sink"))
+
+
+@pytest.fixture(scope="session")
+def grpc_image(node, run_dir):
+    """apps/grpc_echo: one method of every kind."""
+    return images.build(node, "grpc-echo", images.zip_of(HERE / "apps" / "grpc_echo", grpc_wheels(run_dir)))
+
+
+@pytest.fixture
+def run(node):
+    """Runs a microVM for one test, which ends with it."""
+    started = []
+
+    def run_one(image, **request):
+        vm = Microvm.run(node, image, **request)
+        started.append(vm)
+        return vm
+
+    yield run_one
+    if node.runs:
+        for vm in started:
+            node.client().terminate_microvm(microvmIdentifier=vm.id)
+
+
+@pytest.fixture(scope="session")
+def kitchen(node, kitchen_image):
+    """A running microVM with the kitchen sink app, shared by tests that only talk to it."""
+    return Microvm.run(node, kitchen_image)
+
+
+@pytest.fixture(scope="session")
+def other(node, kitchen_image):
+    """A second one: the neighbour whose tokens and names must not work here."""
+    return Microvm.run(node, kitchen_image)
+
+
+@pytest.fixture(scope="session")
+def shared_sleeper(node, kitchen_image):
+    return Microvm.run(node, kitchen_image, idle=PATIENT).suspend()
+
+
+@pytest.fixture
+def sleeper(node, shared_sleeper):
+    """A sleeping microVM that a refused request must not wake: checked after the test, by its state and by the node's own
+    counter of wakes."""
+    if shared_sleeper.state != "SUSPENDED":
+        shared_sleeper.suspend()
+    before = node.wakes()
+    yield shared_sleeper
+    assert shared_sleeper.state == "SUSPENDED", f"a refused request woke {shared_sleeper.id}: it is {shared_sleeper.state}"
+    assert node.wakes() == before, f"a refused request caused {node.wakes() - before:g} wake(s)"
+
+
+def pytest_configure(config):
+    try:
+        binary()
+    except RuntimeError as error:
+        raise pytest.UsageError(str(error)) from error
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A failed test shows what the nodes said."""
+    outcome = yield
+    report = outcome.get_result()
+    if report.failed:
+        for node in live:
+            report.sections.append((f"last lines of {node.log}", node.log_tail()))

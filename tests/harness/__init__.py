@@ -1,0 +1,1 @@
+"""The system from outside: a node as a process, microVMs as an integrator sees them, clients as a user has them."""

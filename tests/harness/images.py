@@ -1,0 +1,79 @@
+"""From a directory with a Dockerfile to an image, through S3 and the control API as an integrator does it."""
+import io
+import zipfile
+from pathlib import Path
+
+from .waiting import eventually
+
+# The article's app is the demo's.
+ARTICLE_APP = Path(__file__).parents[2] / "demo" / "app"
+BUCKET = "artifacts"
+BUILT_WITHIN = 420
+ROLE = "arn:aws:iam::123456789012:role/MicroVMBuildRole"
+# The smallest size: the tests run on two cores with software emulation.
+MEMORY_MIB = 512
+
+
+class BuildFailed(AssertionError):
+    """The build's own words."""
+
+
+def zip_of(*directories, **files):
+    """A zip of everything in the directories, and of the given files; as bytes."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for directory in directories:
+            for path in sorted(Path(directory).rglob("*")):
+                if path.is_file() and "__pycache__" not in path.parts:
+                    archive.write(path, path.relative_to(directory))
+        for name, text in files.items():
+            archive.writestr(name, text)
+    return buffer.getvalue()
+
+
+def base_image_arn(region):
+    return f"arn:aws:lambda:{region}:aws:microvm-image:al2023-1"
+
+
+def start_build(node, name, archive):
+    """Uploads the zip and asks for an image; returns its ARN while the build goes on."""
+    s3 = node.client("s3")
+    if BUCKET not in [bucket["Name"] for bucket in s3.list_buckets().get("Buckets", [])]:
+        s3.create_bucket(Bucket=BUCKET)
+    s3.put_object(Bucket=BUCKET, Key=f"{name}.zip", Body=archive)
+    client = node.client()
+    answer = client.create_microvm_image(
+        name=name,
+        codeArtifact={"uri": f"s3://{BUCKET}/{name}.zip"},
+        baseImageArn=base_image_arn(client.meta.region_name),
+        buildRoleArn=ROLE,
+        resources=[{"minimumMemoryInMiB": MEMORY_MIB}],
+    )
+    assert answer["state"] == "CREATING", f"a new image should be CREATING, it is {answer['state']}"
+    return answer["imageArn"]
+
+
+def finish_build(node, arn):
+    """Waits for the image; a failed build raises with the reason that the API gives."""
+    client = node.client()
+
+    def settled():
+        state = client.get_microvm_image(imageIdentifier=arn)["state"]
+        return state if state != "CREATING" else None
+
+    state = eventually(f"the image {arn} to be built", settled, within=BUILT_WITHIN, every=0.5)
+    if state != "CREATED":
+        raise BuildFailed(f"{state}: {failure_reason(node, arn)}")
+    return arn
+
+
+def build(node, name, archive):
+    """Both, one after the other."""
+    return finish_build(node, start_build(node, name, archive))
+
+
+def failure_reason(node, arn):
+    """What the API says of a failed build: AWS puts it on the build (aws-behaviour §5.1)."""
+    client = node.client()
+    builds = client.list_microvm_image_builds(imageIdentifier=arn, imageVersion="1.0")["items"]
+    return "; ".join(build.get("stateReason") or "" for build in builds)

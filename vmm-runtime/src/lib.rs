@@ -1,0 +1,13 @@
+//! The engines that run microVMs, and the snapshots they write.
+//!
+//! Owns: [`engine::Engine`], what every engine must do, with one conformance suite; the `qemu` engine; snapshot formats.
+//! Never decides *when* a microVM sleeps or wakes, and never names the controller, the gateway or HTTP.
+
+#[cfg(feature = "testing")]
+pub mod conformance;
+pub mod engine;
+pub mod guest_kit;
+#[cfg(feature = "testing")]
+pub mod loopback;
+pub mod qemu;
+pub mod snapshot;

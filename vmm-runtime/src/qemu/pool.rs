@@ -1,0 +1,275 @@
+//! Ready processes: QEMUs that wait for the state of some clone of one image, so that a wake does not pay for their start.
+//!
+//! Owns: how many wait for which image, and refilling in the background with low priority. A wake takes one or starts
+//! one itself; it never waits for a refill. A ready process has the image's memory mapped and no disk yet, so it fits
+//! every microVM of the image.
+
+use std::{
+    collections::HashMap,
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use parking_lot::Mutex;
+use serde_json::json;
+use tokio::net::UnixStream;
+
+use super::{
+    command::{AGENT_SOCKET, Machine, QMP_SOCKET, Role},
+    failed,
+    memory::{self, Mapping},
+    process::{Priority, Process},
+    qmp::Qmp,
+    record,
+};
+use crate::engine::EngineError;
+
+/// How long a QEMU may take from its start to its first answer. Seen: 0.03 s idle, 0.4 s on a crowded machine.
+const START_LIMIT: Duration = Duration::from_secs(20);
+const KILL_LIMIT: Duration = Duration::from_secs(5);
+
+/// How many processes wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PoolConfig {
+    /// For each image that was used lately.
+    pub per_image: usize,
+    /// For all images together; the least recently used image gives up its own first. One takes about 20 MiB.
+    pub total: usize,
+}
+
+impl Default for PoolConfig {
+    fn default() -> Self {
+        Self { per_image: 1, total: 8 }
+    }
+}
+
+/// A QEMU that waits for state.
+pub(super) struct Ready {
+    pub process: Process,
+    pub qmp: Qmp,
+    pub agent: UnixStream,
+    pub mapping: Mapping,
+}
+
+impl Ready {
+    async fn end(self) {
+        self.process.kill(KILL_LIMIT).await;
+        self.process.remove_dir();
+    }
+}
+
+/// Starts processes.
+#[derive(Debug, Clone)]
+pub(super) struct Launcher {
+    pub qemu: PathBuf,
+    pub run_dir: PathBuf,
+}
+
+impl Launcher {
+    /// A process and its connections.
+    pub async fn start(&self, machine: Machine, memory: &Path, role: Role<'_>, priority: Priority) -> Result<Ready, EngineError> {
+        let arguments = |dir: &Path| machine.arguments(dir, memory, role);
+        let process = Process::start(&self.qemu, &self.run_dir, arguments, priority).map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => EngineError::Host { what: format!("{} is not there; install qemu-system-x86", self.qemu.display()) },
+            _ => failed(format!("starting {}", self.qemu.display()), error),
+        })?;
+        let process = KillOnDrop::new(process);
+        let (qmp, agent, mapping) = self.connect(process.get(), memory, role, priority).await?;
+        Ok(Ready { process: process.keep(), qmp, agent, mapping })
+    }
+
+    async fn connect(&self, process: &Process, memory: &Path, role: Role<'_>, priority: Priority) -> Result<(Qmp, UnixStream, Mapping), EngineError> {
+        let told = |error: io::Error| failed(format!("connecting to QEMU (it said: {})", process.output_tail()), error);
+        let qmp = process.connect(QMP_SOCKET, START_LIMIT).await.map_err(told)?;
+        let qmp = Qmp::start(qmp, START_LIMIT).await.map_err(|error| failed(format!("talking to QEMU (it said: {})", process.output_tail()), error))?;
+        let agent = process.connect(AGENT_SOCKET, START_LIMIT).await.map_err(told)?;
+        if matches!(role, Role::Clone) {
+            let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
+            qmp.execute("migrate-set-capabilities", events, START_LIMIT).await.map_err(|error| failed("preparing QEMU for a restore", error))?;
+        }
+        let mapping = memory::find_mapping(process.pid(), memory).map_err(|error| failed("finding the guest's memory in QEMU", error))?;
+        if priority == Priority::Low && !process.raise_priority() {
+            tracing::debug!(pid = process.pid(), "a ready process keeps its low priority: raising it takes CAP_SYS_NICE");
+        }
+        Ok((qmp, agent, mapping))
+    }
+}
+
+/// Ends a process unless it is kept, also when a future is dropped.
+pub(super) struct KillOnDrop {
+    process: Option<Process>,
+    /// The microVM whose record names the process, and has to forget it.
+    pub recorded_in: Option<PathBuf>,
+}
+
+impl KillOnDrop {
+    pub fn new(process: Process) -> Self {
+        Self { process: Some(process), recorded_in: None }
+    }
+
+    pub fn get(&self) -> &Process {
+        self.process.as_ref().expect("it is taken out only by `keep`, which consumes this")
+    }
+
+    pub fn keep(mut self) -> Process {
+        self.process.take().expect("as in `get`")
+    }
+}
+
+impl Drop for KillOnDrop {
+    fn drop(&mut self) {
+        if let Some(process) = self.process.take() {
+            process.signal_kill();
+            process.remove_dir();
+            if let Some(dir) = &self.recorded_in {
+                record::remove(dir);
+            }
+        }
+    }
+}
+
+struct Shelf {
+    machine: Machine,
+    memory: PathBuf,
+    ready: Vec<Ready>,
+    used: Instant,
+}
+
+#[derive(Default)]
+struct State {
+    shelves: HashMap<PathBuf, Shelf>,
+    closed: bool,
+}
+
+impl State {
+    fn count(&self) -> usize {
+        self.shelves.values().map(|shelf| shelf.ready.len()).sum()
+    }
+}
+
+/// All ready processes.
+pub(super) struct Pool {
+    config: PoolConfig,
+    launcher: Launcher,
+    state: Mutex<State>,
+    /// One refill at a time.
+    refilling: tokio::sync::Mutex<()>,
+}
+
+impl Pool {
+    pub fn new(config: PoolConfig, launcher: Launcher) -> Arc<Self> {
+        Arc::new(Self { config, launcher, state: Mutex::default(), refilling: tokio::sync::Mutex::new(()) })
+    }
+
+    pub fn launcher(&self) -> &Launcher {
+        &self.launcher
+    }
+
+    /// One that is ready now, if any.
+    pub fn take(&self, image_dir: &Path) -> Option<Ready> {
+        let mut state = self.state.lock();
+        let shelf = state.shelves.get_mut(image_dir)?;
+        while let Some(ready) = shelf.ready.pop() {
+            if ready.process.is_alive() {
+                return Some(ready);
+            }
+            tracing::warn!(dir = %ready.process.dir().display(), output = ready.process.output_tail(), "a ready QEMU process had ended");
+            ready.process.remove_dir();
+        }
+        None
+    }
+
+    /// Directories of those that wait.
+    pub fn dirs(&self) -> Vec<PathBuf> {
+        let state = self.state.lock();
+        state.shelves.values().flat_map(|shelf| &shelf.ready).map(|ready| ready.process.dir().to_owned()).collect()
+    }
+
+    /// Fills up for this image, in the background.
+    pub fn refill(self: &Arc<Self>, image_dir: &Path, machine: Machine, memory: &Path) {
+        {
+            let mut state = self.state.lock();
+            if state.closed || self.config.per_image == 0 || self.config.total == 0 {
+                return;
+            }
+            let fresh = || Shelf { machine, memory: memory.to_owned(), ready: Vec::new(), used: Instant::now() };
+            state.shelves.entry(image_dir.to_owned()).or_insert_with(fresh).used = Instant::now();
+        }
+        let (pool, image_dir) = (self.clone(), image_dir.to_owned());
+        // Ends by itself when the shelf is full, the image fails, or the pool is closed.
+        tokio::spawn(async move {
+            let _one = pool.refilling.lock().await;
+            while pool.add_one(&image_dir).await {}
+        });
+    }
+
+    /// `false`: there is nothing more to do.
+    async fn add_one(&self, image_dir: &Path) -> bool {
+        let (wanted, surplus) = {
+            let mut state = self.state.lock();
+            let Some(shelf) = state.shelves.get(image_dir).filter(|_| !state.closed) else { return false };
+            if shelf.ready.len() >= self.config.per_image {
+                return false;
+            }
+            let wanted = (shelf.machine, shelf.memory.clone());
+            let surplus = if state.count() < self.config.total { None } else { self.evict(&mut state, image_dir) };
+            if surplus.is_none() && state.count() >= self.config.total {
+                return false;
+            }
+            (wanted, surplus)
+        };
+        if let Some(surplus) = surplus {
+            surplus.end().await;
+        }
+        let (machine, memory) = wanted;
+        let started = self.launcher.start(machine, &memory, Role::Clone, Priority::Low).await;
+        let unwanted = {
+            let mut state = self.state.lock();
+            let closed = state.closed;
+            match (started, state.shelves.get_mut(image_dir)) {
+                (Ok(ready), Some(shelf)) if !closed => {
+                    shelf.ready.push(ready);
+                    None
+                }
+                (Ok(ready), _) => Some(ready),
+                (Err(error), _) => {
+                    tracing::warn!(image = %image_dir.display(), error = &error as &dyn std::error::Error, "no process could be made ready for an image");
+                    state.shelves.remove(image_dir);
+                    return false;
+                }
+            }
+        };
+        if let Some(unwanted) = unwanted {
+            unwanted.end().await;
+            return false;
+        }
+        true
+    }
+
+    /// Takes a process from the image that was not used for the longest time.
+    fn evict(&self, state: &mut State, but: &Path) -> Option<Ready> {
+        let others = state.shelves.iter_mut().filter(|(dir, shelf)| *dir != but && !shelf.ready.is_empty());
+        let (dir, shelf) = others.min_by_key(|(_, shelf)| shelf.used)?;
+        let (dir, evicted) = (dir.clone(), shelf.ready.pop());
+        if shelf.ready.is_empty() {
+            state.shelves.remove(&dir);
+        }
+        evicted
+    }
+
+    /// Ends all that wait; none are made ready any more.
+    pub async fn close(&self) {
+        let shelves = {
+            let mut state = self.state.lock();
+            state.closed = true;
+            std::mem::take(&mut state.shelves)
+        };
+        for ready in shelves.into_values().flat_map(|shelf| shelf.ready) {
+            ready.end().await;
+        }
+        // A process that was being started meanwhile ends with its refill.
+        let _last = self.refilling.lock().await;
+    }
+}

@@ -1,0 +1,379 @@
+//! One QEMU with one guest.
+
+use std::{
+    any::Any,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use model::{Generation, MicrovmId, Port};
+use protocol::{
+    agent::{Event, Reply, Request},
+    link::{AgentLink, LinkError},
+};
+use serde_json::json;
+use tokio::sync::{broadcast, watch};
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use super::{
+    Limits, Shared,
+    command::{CONSOLE, Machine},
+    disk::Layers,
+    failed,
+    image::Image,
+    memory::Mapping,
+    process::Process,
+    qmp::{self, Qmp},
+    record, suspend,
+};
+use crate::engine::{DialError, EngineError, Exit, GuestStream, SuspendOutcome, Usage, Vm};
+
+/// Of the console, this much is quoted.
+const CONSOLE_TAIL_BYTES: usize = 2048;
+const CONSOLE_LIMIT: Duration = Duration::from_secs(1);
+/// What the answer to a readiness question may take on top of the guest's own waiting.
+const ANSWER_SLACK: Duration = Duration::from_secs(5);
+
+/// Whether it lives.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Life {
+    Running,
+    /// Its snapshot is committed.
+    Suspended,
+    Killed,
+    Exited(Exit),
+}
+
+/// What it is.
+pub(super) enum Kind {
+    /// A guest booted for an image.
+    Build { root_disk: PathBuf, machine: Machine, exposed: Vec<Port> },
+    /// A clone.
+    Microvm { id: MicrovmId, generation: Generation, image: Arc<Image>, layers: tokio::sync::Mutex<Layers> },
+}
+
+/// Everything of it that tasks share.
+pub(super) struct Core {
+    pub shared: Arc<Shared>,
+    pub kind: Kind,
+    pub dir: PathBuf,
+    pub process: Process,
+    pub qmp: Qmp,
+    pub link: Arc<AgentLink>,
+    pub mapping: Mapping,
+    pub life: watch::Sender<Life>,
+    /// The link goes on in a restored microVM and is no business of this one any more.
+    pub handed_over: AtomicBool,
+    /// One suspend or capture at a time.
+    pub operation: tokio::sync::Mutex<()>,
+    pub last_usage: LastUsage,
+}
+
+/// Counters as they were when the process still lived.
+#[derive(Default)]
+pub(super) struct LastUsage {
+    cpu_micros: AtomicU64,
+    private_bytes: AtomicU64,
+}
+
+impl Core {
+    pub fn limits(&self) -> &Limits {
+        &self.shared.config.limits
+    }
+
+    /// `false` if it had ended before.
+    pub fn end(&self, how: Life) -> bool {
+        self.life.send_if_modified(|life| {
+            let running = *life == Life::Running;
+            if running {
+                *life = how;
+            }
+            running
+        })
+    }
+
+    pub fn ensure_running(&self, step: &'static str) -> Result<(), EngineError> {
+        match &*self.life.borrow() {
+            Life::Running => Ok(()),
+            Life::Suspended => Err(EngineError::Host { what: format!("{step}: the microVM is asleep") }),
+            Life::Killed => Err(EngineError::Ended { step, exit: Exit::Vmm { detail: "it was killed".to_owned() } }),
+            Life::Exited(exit) => Err(EngineError::Ended { step, exit: exit.clone() }),
+        }
+    }
+
+    /// How the process ended, for people.
+    pub fn vmm_exit(&self, what: &str) -> Exit {
+        Exit::Vmm { detail: format!("{what}; QEMU's output: {}", self.process.output_tail()) }
+    }
+
+    /// The newest lines of the serial console, or nothing.
+    pub async fn console_tail(&self) -> String {
+        console_tail(&self.qmp).await
+    }
+
+    /// Freezes the app and silences the channel.
+    pub async fn quiesce(&self) -> Result<(), EngineError> {
+        let limit = self.limits().quiesce;
+        match self.link.quiesce(limit).await {
+            Ok(()) => Ok(()),
+            Err(LinkError::Timeout(_)) => {
+                let detail = self.console_tail().await;
+                Err(EngineError::GuestTimeout { step: "freeze the app", limit, detail })
+            }
+            Err(error) => {
+                self.ensure_running("freezing the app")?;
+                Err(failed("freezing the app", error))
+            }
+        }
+    }
+
+    /// Forgets the process. For when it has ended.
+    pub fn forget_process(&self) {
+        // A later generation may have its own record there by now.
+        let ours = record::of_microvm(&self.dir).ok().flatten().is_some_and(|record| record.identity == *self.process.identity());
+        if ours {
+            record::remove(&self.dir);
+        }
+        self.process.remove_dir();
+    }
+
+    /// Returns when it does not run any more, for whatever reason.
+    async fn over(&self) {
+        // The sender lives in `self`, so waiting cannot fail.
+        let _ = self.life.subscribe().wait_for(|life| *life != Life::Running).await;
+    }
+
+    /// Waits for an end that nobody asked for, and says so; or for one that somebody asked for.
+    async fn watch(&self, mut events: broadcast::Receiver<qmp::Event>) {
+        let exit = tokio::select! {
+            // An end that was asked for comes first; the app's own word goes before what its end does to the VMM.
+            biased;
+            () = self.over() => return,
+            Event::AppExited { code } = self.link.event() => Exit::App { code },
+            () = self.process.ended() => self.vmm_exit("QEMU ended"),
+            () = guest_stopped(&mut events) => {
+                Exit::Vmm { detail: format!("the guest shut down or rebooted{}", self.console_tail().await) }
+            }
+            () = self.link.lost() => {
+                // Usually the first sign of a dead process.
+                match tokio::time::timeout(Duration::from_secs(1), self.process.ended()).await {
+                    Ok(()) => self.vmm_exit("QEMU ended"),
+                    Err(_) => Exit::Vmm { detail: format!("the channel to the guest agent broke{}", self.console_tail().await) },
+                }
+            }
+        };
+        let vmm_is_useless = matches!(exit, Exit::Vmm { .. });
+        if self.end(Life::Exited(exit.clone())) {
+            tracing::info!(dir = %self.dir.display(), ?exit, "a microVM ended by itself");
+            if vmm_is_useless {
+                self.process.kill(self.limits().kill).await;
+                self.link.close();
+                self.forget_process();
+            }
+        }
+    }
+}
+
+/// The newest lines of the serial console as the detail of an error: empty, or `: ` and the lines.
+pub(super) async fn console_tail(qmp: &Qmp) -> String {
+    let arguments = json!({ "device": CONSOLE, "size": super::command::CONSOLE_BYTES });
+    let Ok(text) = qmp.execute("ringbuf-read", arguments, CONSOLE_LIMIT).await else { return String::new() };
+    let text = text.as_str().unwrap_or_default();
+    let mut from = text.len().saturating_sub(CONSOLE_TAIL_BYTES);
+    while !text.is_char_boundary(from) {
+        from += 1;
+    }
+    let lines: Vec<String> = text[from..].lines().map(|line| line.trim().escape_debug().to_string()).filter(|line| !line.is_empty()).collect();
+    if lines.is_empty() { String::new() } else { format!(": {}", lines.join(" | ")) }
+}
+
+/// Returns when QEMU says that the guest will not run any more.
+async fn guest_stopped(events: &mut broadcast::Receiver<qmp::Event>) {
+    loop {
+        match events.recv().await {
+            Ok(event) if matches!(event.name.as_str(), "SHUTDOWN" | "GUEST_PANICKED") => return,
+            Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {}
+            // The connection is closed; the end of the process is noticed by itself.
+            Err(broadcast::error::RecvError::Closed) => std::future::pending().await,
+        }
+    }
+}
+
+/// A microVM of the `qemu` engine. Dropping it leaves the process running, to be adopted.
+pub struct QemuVm {
+    core: Arc<Core>,
+    /// Ends the watching.
+    _watching: DropGuard,
+}
+
+impl QemuVm {
+    pub(super) fn new(core: Core) -> Arc<Self> {
+        let core = Arc::new(core);
+        let stop = CancellationToken::new();
+        let (watched, stopped, events) = (core.clone(), stop.clone(), core.qmp.events());
+        // Ends with the life it watches, or with this handle.
+        tokio::spawn(async move {
+            tokio::select! {
+                () = watched.watch(events) => {}
+                () = stopped.cancelled() => {}
+            }
+        });
+        Arc::new(Self { core, _watching: stop.drop_guard() })
+    }
+
+    pub(super) fn core(&self) -> &Arc<Core> {
+        &self.core
+    }
+
+    /// Number of the QEMU process.
+    pub fn pid(&self) -> i32 {
+        self.core.process.pid()
+    }
+
+    /// Streams that are open.
+    pub fn open_streams(&self) -> usize {
+        self.core.link.streams()
+    }
+
+    /// `CLOCK_REALTIME` in the guest, in nanoseconds since the epoch; also shows that its agent answers.
+    pub async fn guest_realtime_ns(&self) -> Result<u64, EngineError> {
+        match self.core.link.call(Request::Stats, self.core.limits().command).await {
+            Ok(Reply::Stats { realtime_ns, .. }) => Ok(realtime_ns),
+            Ok(other) => Err(failed("asking the agent for its counters", format!("it answered {other:?}"))),
+            Err(error) => Err(failed("asking the agent for its counters", error)),
+        }
+    }
+
+    fn not_open(&self, port: Port, limit: Duration, error: &LinkError) -> DialError {
+        match (&*self.core.life.borrow(), error) {
+            (Life::Killed | Life::Exited(_), _) => DialError::Gone,
+            (Life::Suspended, _) => DialError::Asleep,
+            (Life::Running, LinkError::Refused(_)) => DialError::Refused { port },
+            (Life::Running, LinkError::Timeout(_)) => DialError::Timeout { port, limit },
+            // Freezing has begun, or the process is dying; the controller finds out which when it asks again.
+            (Life::Running, LinkError::Closed) => DialError::Asleep,
+            (Life::Running, LinkError::Protocol(_) | LinkError::Agent(_)) => {
+                tracing::warn!(dir = %self.core.dir.display(), %error, "a stream to a guest could not be opened");
+                DialError::Timeout { port, limit }
+            }
+        }
+    }
+}
+
+impl Drop for QemuVm {
+    fn drop(&mut self) {
+        // The channel's tasks would keep it connected, and whoever adopts the process could not connect.
+        if !self.core.handed_over.load(Ordering::Acquire) {
+            self.core.link.close();
+        }
+    }
+}
+
+#[async_trait]
+impl Vm for QemuVm {
+    async fn dial(&self, port: Port) -> Result<GuestStream, DialError> {
+        match &*self.core.life.borrow() {
+            Life::Running => {}
+            Life::Suspended => return Err(DialError::Asleep),
+            Life::Killed | Life::Exited(_) => return Err(DialError::Gone),
+        }
+        let limit = self.core.limits().dial;
+        match self.core.link.open(port, limit).await {
+            Ok(stream) => Ok(Box::pin(stream)),
+            Err(error) => Err(self.not_open(port, limit, &error)),
+        }
+    }
+
+    async fn ready(&self, limit: Duration) -> Result<Port, EngineError> {
+        const STEP: &str = "waiting for the app to listen";
+        self.core.ensure_running(STEP)?;
+        let exposed = match &self.core.kind {
+            Kind::Build { exposed, .. } => exposed.clone(),
+            Kind::Microvm { image, .. } => image.manifest.exposed.clone(),
+        };
+        let limit_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
+        let reply = tokio::select! {
+            biased;
+            () = self.core.over() => {
+                self.core.ensure_running(STEP)?;
+                return Err(EngineError::Host { what: format!("{STEP}: the microVM's life is unclear") });
+            }
+            reply = self.core.link.call(Request::AwaitReady { exposed, limit_ms }, limit.saturating_add(ANSWER_SLACK)) => reply,
+        };
+        match reply {
+            Ok(Reply::Ready(port)) => Ok(port),
+            Ok(Reply::NotReady) | Err(LinkError::Timeout(_)) => {
+                let detail = self.core.console_tail().await;
+                Err(EngineError::GuestTimeout { step: "listen on a port", limit, detail })
+            }
+            Ok(other) => Err(failed(STEP, format!("the guest agent answered {other:?}"))),
+            Err(error) => {
+                // A broken channel is most often the first sign of an end that is about to be told properly.
+                let _ = tokio::time::timeout(ANSWER_SLACK, self.core.over()).await;
+                self.core.ensure_running(STEP)?;
+                Err(failed(STEP, error))
+            }
+        }
+    }
+
+    async fn suspend(&self, cancel: CancellationToken) -> Result<SuspendOutcome, EngineError> {
+        // A caller that gives up takes the suspend back; it never leaves it half done.
+        let cancel = cancel.child_token();
+        let _given_up = cancel.clone().drop_guard();
+        let core = self.core.clone();
+        match tokio::spawn(suspend::suspend(core, cancel)).await {
+            Ok(outcome) => outcome,
+            Err(error) => match error.try_into_panic() {
+                Ok(panic) => std::panic::resume_unwind(panic),
+                Err(error) => Err(failed("suspending", error)),
+            },
+        }
+    }
+
+    async fn parked_write(&self) {
+        self.core.link.parked_write().await;
+        if self.core.handed_over.load(Ordering::Acquire) {
+            std::future::pending().await
+        }
+    }
+
+    async fn kill(&self) {
+        let had_process = self.core.end(Life::Killed) || matches!(*self.core.life.borrow(), Life::Exited(_));
+        if had_process {
+            self.core.process.kill(self.core.limits().kill).await;
+            self.core.forget_process();
+        }
+        if !self.core.handed_over.load(Ordering::Acquire) {
+            self.core.link.close();
+        }
+    }
+
+    async fn exited(&self) -> Exit {
+        self.core.over().await;
+        let life = self.core.life.borrow().clone();
+        match life {
+            Life::Exited(exit) => exit,
+            _ => std::future::pending().await,
+        }
+    }
+
+    async fn usage(&self) -> Usage {
+        let (process, last) = (&self.core.process, &self.core.last_usage);
+        if let Some(cpu_micros) = process.cpu_micros() {
+            last.cpu_micros.fetch_max(cpu_micros, Ordering::Relaxed);
+        }
+        if let Some(private_bytes) = process.private_bytes() {
+            last.private_bytes.store(private_bytes, Ordering::Relaxed);
+        }
+        Usage { cpu_micros: last.cpu_micros.load(Ordering::Relaxed), private_bytes: last.private_bytes.load(Ordering::Relaxed) }
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
