@@ -67,10 +67,13 @@ pub struct Event {
     pub data: Value,
 }
 
+/// QEMU's answer to a command, or its own words of why not.
+type Answer = Result<Value, String>;
+
 struct Shared {
     stream: UnixStream,
-    /// `None` once the connection has ended.
-    pending: Mutex<Option<HashMap<u64, oneshot::Sender<Result<Value, String>>>>>,
+    /// Commands without an answer, by their number; `None` once the connection has ended.
+    pending: Mutex<Option<HashMap<u64, oneshot::Sender<Answer>>>>,
     events: broadcast::Sender<Event>,
     closed: watch::Sender<bool>,
 }
