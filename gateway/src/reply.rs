@@ -5,8 +5,9 @@
 //! and tells an operator what AWS keeps to itself.
 //!
 //! gRPC. AWS answers a gRPC call that it refuses with the same plain HTTP 403 or 502 as any other request, and clients
-//! turn that into PERMISSION_DENIED or UNAVAILABLE. We keep that form and add `grpc-status` and `grpc-message` beside it:
-//! clients that map the HTTP status are not disturbed, those that read `grpc-status` get the exact code.
+//! turn that into PERMISSION_DENIED or UNAVAILABLE (aws-behaviour §1.4). We keep the status and those two codes, and say
+//! them in the form that every gRPC client understands: an answer that is nothing but a header ("Trailers-Only" in gRPC's
+//! HTTP/2 document) with `grpc-status` and, as `grpc-message`, the word.
 //!
 //! No row may tell a caller who has no valid token for a microVM whether that microVM exists: an unknown host, a
 //! malformed host and a token of another microVM share one row.
@@ -95,7 +96,6 @@ pub(crate) struct Reply {
     pub retry_after: bool,
 }
 
-const UNAUTHENTICATED: u8 = 16;
 const PERMISSION_DENIED: u8 = 7;
 const UNAVAILABLE: u8 = 14;
 const INVALID_ARGUMENT: u8 = 3;
@@ -144,13 +144,13 @@ impl Reason {
     /// The row of the table.
     pub fn reply(self) -> Reply {
         let (status, body, word, grpc_status) = match self {
-            Self::TokenMissing => (403, MISSING, "token-missing", UNAUTHENTICATED),
-            Self::TokenUnreadable => (403, MISSING, "token-unreadable", UNAUTHENTICATED),
-            Self::TokenAmbiguous => (403, MISSING, "token-ambiguous", UNAUTHENTICATED),
-            Self::SubprotocolBaseMissing => (403, MISSING, "subprotocol-base-missing", UNAUTHENTICATED),
-            Self::TokenRefused => (403, FAILED, "token-refused", UNAUTHENTICATED),
-            Self::TokenExpired => (403, FAILED, "token-expired", UNAUTHENTICATED),
-            Self::TokenNotYetValid => (403, FAILED, "token-not-yet-valid", UNAUTHENTICATED),
+            Self::TokenMissing => (403, MISSING, "token-missing", PERMISSION_DENIED),
+            Self::TokenUnreadable => (403, MISSING, "token-unreadable", PERMISSION_DENIED),
+            Self::TokenAmbiguous => (403, MISSING, "token-ambiguous", PERMISSION_DENIED),
+            Self::SubprotocolBaseMissing => (403, MISSING, "subprotocol-base-missing", PERMISSION_DENIED),
+            Self::TokenRefused => (403, FAILED, "token-refused", PERMISSION_DENIED),
+            Self::TokenExpired => (403, FAILED, "token-expired", PERMISSION_DENIED),
+            Self::TokenNotYetValid => (403, FAILED, "token-not-yet-valid", PERMISSION_DENIED),
             Self::TokenForeign => (403, FAILED, "token-not-for-this-host", PERMISSION_DENIED),
             Self::ShellToken => (502, "", "shell-token", UNAVAILABLE),
             Self::PortMalformed => (400, "Malformed port", "port-malformed", INVALID_ARGUMENT),
@@ -192,13 +192,25 @@ impl Reason {
 }
 
 impl Reply {
+    /// The body for this asker.
+    pub fn body(&self, asker: Asker) -> &'static str {
+        match asker {
+            Asker::Plain => self.body,
+            Asker::Grpc => "",
+        }
+    }
+
     /// The header fields of the answer besides `content-length`, `date` and `connection`.
     pub fn fields<'a>(&'a self, request_id: &'a str, asker: Asker) -> impl Iterator<Item = (&'static str, std::borrow::Cow<'a, str>)> {
         let grpc = (asker == Asker::Grpc).then(|| {
             [("grpc-status", self.grpc_status.to_string().into()), ("grpc-message", self.word.into())]
         });
+        let content_type = match asker {
+            Asker::Plain => "text/plain",
+            Asker::Grpc => "application/grpc",
+        };
         [
-            ("content-type", "text/plain".into()),
+            ("content-type", content_type.into()),
             ("cache-control", "private, no-store".into()),
             ("x-amzn-requestid", request_id.into()),
             ("x-dormouse-reason", self.word.into()),
@@ -265,7 +277,7 @@ mod tests {
     #[test]
     fn a_grpc_client_reads_its_own_status_beside_the_http_one() {
         for (reason, code) in [
-            (Reason::TokenMissing, "16"),
+            (Reason::TokenMissing, "7"),
             (Reason::TokenForeign, "7"),
             (Reason::PortDenied, "7"),
             (Reason::PortMalformed, "3"),
@@ -275,6 +287,8 @@ mod tests {
             let reply = reason.reply();
             let fields: Vec<_> = reply.fields("id", Asker::Grpc).collect();
             assert!(fields.contains(&("grpc-status", code.into())), "{reason:?}");
+            assert!(fields.contains(&("content-type", "application/grpc".into())), "{reason:?}");
+            assert_eq!(reply.body(Asker::Grpc), "");
             assert!(reply.fields("id", Asker::Plain).all(|(name, _)| !name.starts_with("grpc")));
         }
     }

@@ -17,7 +17,7 @@ use model::{Clock as _, SystemClock};
 use pingora_core::{
     Error, ErrorSource, ErrorType, Result,
     modules::http::HttpModules,
-    protocols::{Digest, l4::socket::SocketAddr},
+    protocols::{Digest, http::ServerSession as HttpSession, l4::socket::SocketAddr},
     upstreams::peer::HttpPeer,
 };
 use pingora_http::{RequestHeader, ResponseHeader};
@@ -116,12 +116,19 @@ impl Service {
         for (name, value) in reply.fields(&ctx.request_id, ctx.asker) {
             answer.insert_header(name, value.as_ref())?;
         }
-        answer.insert_header(header::CONTENT_LENGTH, reply.body.len())?;
-        let has_body = !reply.body.is_empty() && session.req_header().method != Method::HEAD;
+        let body = reply.body(ctx.asker);
+        if ctx.asker == Asker::Plain {
+            answer.insert_header(header::CONTENT_LENGTH, body.len())?;
+        }
+        let has_body = !body.is_empty() && session.req_header().method != Method::HEAD;
         let downstream = session.as_downstream_mut();
-        downstream.write_response_header(Box::new(answer)).await?;
+        match downstream {
+            // The header ends the stream: gRPC clients take a status in it for theirs only then.
+            HttpSession::H2(stream) if !has_body => stream.write_response_header(Box::new(answer), true)?,
+            _ => downstream.write_response_header(Box::new(answer)).await?,
+        }
         if has_body {
-            downstream.write_response_body(Bytes::from_static(reply.body.as_bytes()), true).await?;
+            downstream.write_response_body(Bytes::from_static(body.as_bytes()), true).await?;
         }
         downstream.finish_body().await
     }
@@ -168,11 +175,12 @@ impl ProxyHttp for Service {
         }
         let request = session.req_header();
         ctx.handshake = Handshake::read(&request.method, request.version, &request.headers);
-        let grpc = headers::is_grpc(&request.headers);
+        // Over HTTP/1.1 the content type means a bridge such as gRPC-Web, whose answers have bodies.
+        let grpc = request.version == Version::HTTP_2 && headers::is_grpc(&request.headers);
         ctx.asker = if grpc { Asker::Grpc } else { Asker::Plain };
         ctx.protocol = match request.version {
             _ if ctx.handshake.is_some() => Protocol::WebSocket,
-            Version::HTTP_2 if grpc => Protocol::Grpc,
+            _ if grpc => Protocol::Grpc,
             Version::HTTP_2 => Protocol::Http2,
             _ => Protocol::Http1,
         };

@@ -104,8 +104,12 @@ impl Activity {
         self.gate.fetch_and(COUNT, Ordering::AcqRel);
     }
 
+    /// Whether whoever wants in has to ask the driver.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.gate.load(Ordering::Acquire) & CLOSED != 0
+    }
+
     /// Answers being computed.
-    #[cfg(test)]
     pub(crate) fn holds(&self) -> u64 {
         self.gate.load(Ordering::Acquire) & COUNT
     }
@@ -123,6 +127,11 @@ impl Hold {
     /// The activity it belongs to.
     pub(crate) fn touch(&self) {
         self.activity.touch();
+    }
+
+    /// Whether the microVM is asleep, or on its way there or back.
+    pub(crate) fn is_shut_out(&self) -> bool {
+        self.activity.is_closed()
     }
 
     /// Counts no longer; the idle clock runs from now.

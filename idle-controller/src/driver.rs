@@ -171,6 +171,9 @@ impl Driver {
             let sleeper = self.vm.as_ref().or(self.predecessor.as_ref()).cloned();
             self.parked = sleeper.map(|vm| async move { vm.parked_write().await }.boxed());
         }
+        // A request whose answer was not finished when its microVM was put to sleep is waiting for it like one that has
+        // just come.
+        let answer_owed = heeds_parked && matches!(self.machine.phase(), Phase::Suspended { .. }) && self.seat.activity.holds() > 0;
         // In terms of our own clock, so that a timer that is early by it (a test's clock stands still) is armed again for
         // what is left, and does not spin.
         let timer = self.deadline(now).map(|at| at.saturating_duration_since(now));
@@ -180,6 +183,7 @@ impl Driver {
             (operation, outcome) = finished(&mut self.operation) => Happening::Outcome(operation, outcome),
             exit = maybe(&mut self.exit), if running => { self.exit = None; Happening::Exited(exit) }
             () = tokio::time::sleep(timer.unwrap_or_default()), if timer.is_some() => Happening::Timer,
+            () = std::future::ready(()), if answer_owed => Happening::ParkedWrite,
             () = maybe(&mut self.parked), if heeds_parked => Happening::ParkedWrite,
             () = self.node.closing.cancelled(), if !self.draining => Happening::Closing,
             Some(ask) = self.mail.asks.recv(), if !self.draining => Happening::Ask(ask),

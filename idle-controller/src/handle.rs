@@ -278,6 +278,11 @@ impl Awake {
         self.live.vm.dial(port).await
     }
 
+    /// Whether bytes for the guest would have to wait for a wake (and would cause one).
+    pub fn is_asleep(&self) -> bool {
+        self.hold.is_shut_out()
+    }
+
     /// Bytes crossed the endpoint: one atomic store.
     pub fn touch(&self) {
         self.hold.touch();

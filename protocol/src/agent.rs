@@ -39,7 +39,8 @@ pub enum Request {
 /// What the host tells the agent at every restore, before anything else moves.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Restored {
-    /// CLOCK_REALTIME of the host, nanoseconds since the epoch, read just before sending.
+    /// CLOCK_REALTIME of the host, nanoseconds since the epoch, as of the call of `AgentLink::attach`. The agent is given
+    /// what it is when it sets its clock, to within half a round trip of the channel.
     pub realtime_ns: u64,
     /// 64 bytes from the host's RNG, hex.
     pub entropy: String,

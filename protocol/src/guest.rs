@@ -4,7 +4,12 @@
 //! behind [`Guest`], so that this file runs in a test as it runs in a guest. The host is trusted here; the app is not,
 //! and it meets only streams.
 
-use std::{future::Future, io, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    io,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use bytes::Bytes;
 use model::Port;
@@ -19,7 +24,7 @@ use crate::{
     agent::{Event, Reply, Request, Restored},
     frame::{Assembler, Decoded, Decoder, Frame, Kind},
     message::{Ack, FromGuest, FromHost, Mode, Syn, VERSION, control, handshake},
-    mux::{Gate, Mux, Received, Side, Violation},
+    mux::{Gate, Key, Mux, Received, Side, Violation},
     pump::{FrameReader, write_frames},
     splice::splice,
     stream::MuxStream,
@@ -49,6 +54,10 @@ pub trait Guest: Send + Sync + 'static {
     fn restored(&self, restored: &Restored) -> impl Future<Output = Result<(), String>> + Send;
 }
 
+/// A time of the host's that is at most half of this old is good enough.
+const GOOD_ROUND_TRIP: Duration = Duration::from_millis(4);
+/// How often a better one is asked for: on a machine that is busy none may come.
+const MAX_PROBES: u32 = 6;
 /// Room for the line that says what was dropped.
 const NOTE_BYTES: usize = 128;
 
@@ -56,10 +65,21 @@ const NOTE_BYTES: usize = 128;
 struct State {
     epoch: Option<u64>,
     exited: Option<i32>,
+    /// A SYN that was asked for again.
+    probe: Option<Probe>,
+    /// Probes so far, over all attachments: an answer to an old one is none to a new one.
+    probes: u64,
     /// Bytes of output dropped since the last that was sent.
     output_dropped: u64,
     /// Streams being spliced and requests being answered.
     tasks: JoinSet<()>,
+}
+
+/// Measures how long a SYN is under way.
+struct Probe {
+    number: u64,
+    asked_at: Instant,
+    tries: u32,
 }
 
 /// The guest's end. Cheap to clone. Lock order: `state` before the mux.
@@ -122,7 +142,7 @@ impl GuestEnd {
         &self,
         reader: &mut FrameReader<R>,
         synced: &mut bool,
-        opens: &mut Vec<(u32, Port)>,
+        opens: &mut Vec<(Key, Port)>,
     ) -> Result<Option<Frame>, Violation> {
         let mut core = self.mux.lock();
         while let Some(decoded) = reader.ready() {
@@ -190,13 +210,21 @@ impl GuestEnd {
                 return Err(format!("the host speaks version {} of the protocol, this agent speaks {VERSION}", syn.version));
             }
             if let Mode::Restored(restored) = &syn.mode {
-                guest.restored(restored).await?;
+                let mut restored = restored.clone();
+                match self.age(syn.answers) {
+                    Ok(age) => restored.realtime_ns = restored.realtime_ns.saturating_add(u64::try_from(age.as_nanos()).unwrap_or(u64::MAX)),
+                    Err(again) => return Ok(Some(again)),
+                }
+                guest.restored(&restored).await?;
             }
-            guest.thaw().await
+            guest.thaw().await.map(|()| None)
         };
-        let failed = ready.await.err();
-        let open = failed.is_none();
-        let ack = Ack { version: VERSION, epoch: syn.epoch, exited, failed };
+        let (again, failed) = match ready.await {
+            Ok(again) => (again, None),
+            Err(why) => (None, Some(why)),
+        };
+        let open = failed.is_none() && again.is_none();
+        let ack = Ack { version: VERSION, epoch: syn.epoch, exited, failed, again };
         let mut core = self.mux.lock();
         core.push_urgent(handshake(Kind::Ack, &ack).expect("an ACK is far shorter than a message may be"));
         if open {
@@ -204,7 +232,27 @@ impl GuestEnd {
         }
     }
 
-    fn connect<G: Guest>(&self, guest: &Arc<G>, stream: u32, port: Port) {
+    /// How old the time in a SYN is that answers this probe; or the number of the next one.
+    fn age(&self, answers: Option<u64>) -> Result<Duration, u64> {
+        let mut state = self.state.lock();
+        let answered = state.probe.take().filter(|probe| answers == Some(probe.number));
+        let tries = match answered {
+            Some(Probe { asked_at, tries, .. }) => {
+                let round_trip = asked_at.elapsed();
+                if round_trip <= GOOD_ROUND_TRIP || tries >= MAX_PROBES {
+                    return Ok(round_trip / 2);
+                }
+                tries
+            }
+            None => 0,
+        };
+        state.probes += 1;
+        let number = state.probes;
+        state.probe = Some(Probe { number, asked_at: Instant::now(), tries: tries + 1 });
+        Err(number)
+    }
+
+    fn connect<G: Guest>(&self, guest: &Arc<G>, stream: Key, port: Port) {
         let guest = guest.clone();
         let stream = MuxStream::new(self.mux.clone(), stream);
         self.spawn(async move {

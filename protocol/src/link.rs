@@ -14,7 +14,7 @@
 use std::{
     collections::{HashMap, VecDeque},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -40,6 +40,8 @@ pub use crate::stream::MuxStream;
 
 /// Unread events of one agent; it has one kind, which happens once.
 const MAX_EVENTS: usize = 64;
+/// How often a guest may want the same SYN; it gives up before that.
+const MAX_SYNS: u32 = 16;
 /// Requests without an answer at a time.
 const MAX_CALLS: usize = 256;
 
@@ -524,7 +526,7 @@ impl Drop for UndoQuiesce<'_> {
     }
 }
 
-/// Sends SYN and skips whatever comes before the ACK that answers it.
+/// Sends SYN, as often as the guest wants it, and skips whatever comes before the ACK that answers it.
 async fn shake_hands<R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(
     reader: &mut FrameReader<R>,
     writer: &mut W,
@@ -536,8 +538,28 @@ async fn shake_hands<R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(
         Attach::Restored(restored) => Mode::Restored(restored),
         Attach::Adopted => Mode::Adopted,
     };
-    let padded = mode == Mode::Adopted;
-    let syn: Bytes = handshake(Kind::Syn, &Syn { version: VERSION, epoch, mode }).map_err(|error| LinkError::Protocol(error.to_string()))?;
+    let began = Instant::now();
+    let mut answers = None;
+    for _ in 0..MAX_SYNS {
+        let mut mode = mode.clone();
+        if let Mode::Restored(restored) = &mut mode {
+            let passed = u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX);
+            restored.realtime_ns = restored.realtime_ns.saturating_add(passed);
+        }
+        let ack = exchange(reader, writer, &Syn { version: VERSION, epoch, mode, answers }).await?;
+        if ack.again.is_none() {
+            return Ok(ack);
+        }
+        answers = ack.again;
+    }
+    Err(LinkError::Protocol(format!("it wanted the time more than {MAX_SYNS} times")))
+}
+
+/// Sends one SYN and reads the ACK that answers it.
+async fn exchange<R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(reader: &mut FrameReader<R>, writer: &mut W, syn: &Syn) -> Result<Ack, LinkError> {
+    let padded = syn.mode == Mode::Adopted;
+    let epoch = syn.epoch;
+    let syn: Bytes = handshake(Kind::Syn, syn).map_err(|error| LinkError::Protocol(error.to_string()))?;
     let send = async {
         if padded {
             writer.write_all(padding()).await?;

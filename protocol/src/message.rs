@@ -10,7 +10,7 @@ use crate::{
 
 /// Both ends must speak the same version: agent and node are installed together, and a snapshot of another version is
 /// refused by the engine before it runs.
-pub(crate) const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 2;
 
 /// How the guest got here.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -27,6 +27,8 @@ pub(crate) struct Syn {
     /// Random; the guest's streams go on if it is the one of the attachment before, and are reset if not.
     pub epoch: u64,
     pub mode: Mode,
+    /// Set if it is the same again because an [`Ack`] asked for that.
+    pub answers: Option<u64>,
 }
 
 /// Answers a [`Syn`].
@@ -39,6 +41,9 @@ pub(crate) struct Ack {
     pub exited: Option<i32>,
     /// What the agent could not do; the attachment fails.
     pub failed: Option<String>,
+    /// Not an answer yet: the SYN is wanted once more, with this number and the time as it is then. By how long that takes
+    /// the guest knows how old the time in it is; the first SYN may have waited long for a guest that was just waking up.
+    pub again: Option<u64>,
 }
 
 /// What the host says in CONTROL frames.

@@ -68,12 +68,19 @@ pub(crate) enum Violation {
     Message(String),
 }
 
+/// Which stream: its number in frames, and the session that gave it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Key {
+    session: u32,
+    number: u32,
+}
+
 /// What a received stream frame asks of the caller.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Received {
     Nothing,
     /// Guest: connect this stream.
-    Open { stream: u32, port: Port },
+    Open { stream: Key, port: Port },
 }
 
 pub(crate) struct Core {
@@ -85,10 +92,13 @@ pub(crate) struct Core {
     control: VecDeque<Bytes>,
     output: VecDeque<Bytes>,
     output_bytes: usize,
-    pub streams: HashMap<u32, Stream>,
+    pub streams: HashMap<Key, Stream>,
     /// Streams with something to send, each once, in the order of their turns.
-    ready: VecDeque<u32>,
+    ready: VecDeque<Key>,
     next_stream: u32,
+    /// Counts [`Core::reset_all`]. A new host numbers its streams anew, while those of the old one may still be in use here
+    /// until their users have noticed that they were reset.
+    session: u32,
     /// Bytes accepted from the users of streams and not yet taken by the writer.
     pub queued_bytes: usize,
     pub wakers: Vec<Waker>,
@@ -147,6 +157,7 @@ impl Mux {
             streams: HashMap::new(),
             ready: VecDeque::new(),
             next_stream: 1,
+            session: 0,
             queued_bytes: 0,
             wakers: Vec::new(),
         };
@@ -259,8 +270,8 @@ impl Core {
                 }
                 idle = false;
             }
-            if let Some(id) = self.ready.pop_front() {
-                self.emit(id, batch);
+            if let Some(key) = self.ready.pop_front() {
+                self.emit(key, batch);
                 idle = false;
             }
             if idle {
@@ -274,39 +285,43 @@ impl Core {
     }
 
     /// One turn of one stream: its signs, and at most one frame of data.
-    fn emit(&mut self, id: u32, batch: &mut BytesMut) {
-        let Some(stream) = self.streams.get_mut(&id) else { return };
+    fn emit(&mut self, key: Key, batch: &mut BytesMut) {
+        let Some(stream) = self.streams.get_mut(&key) else { return };
         stream.scheduled = false;
-        self.queued_bytes -= stream.emit(id, batch);
-        self.settle(id);
+        self.queued_bytes -= stream.emit(key.number, batch);
+        self.settle(key);
     }
 
     /// After a change of a stream: queues its next turn, or forgets it if nobody needs it any more.
-    pub fn settle(&mut self, id: u32) {
-        let Some(stream) = self.streams.get_mut(&id) else { return };
+    pub fn settle(&mut self, key: Key) {
+        let Some(stream) = self.streams.get_mut(&key) else { return };
         if stream.is_finished() {
-            self.streams.remove(&id);
+            self.streams.remove(&key);
         } else if stream.has_work() && !stream.scheduled {
             stream.scheduled = true;
-            self.ready.push_back(id);
+            self.ready.push_back(key);
         }
     }
 
     /// Host: a new stream; `None` if there are [`MAX_STREAMS`] already.
-    pub fn open(&mut self, port: Port) -> Option<u32> {
+    pub fn open(&mut self, port: Port) -> Option<Key> {
         if self.streams.len() >= MAX_STREAMS {
             return None;
         }
-        let id = loop {
-            let id = self.next_stream;
+        let key = loop {
+            let key = self.key(self.next_stream);
             self.next_stream = self.next_stream.wrapping_add(1).max(1);
-            if !self.streams.contains_key(&id) {
-                break id;
+            if !self.streams.contains_key(&key) {
+                break key;
             }
         };
-        self.streams.insert(id, Stream::opening(port));
-        self.settle(id);
-        Some(id)
+        self.streams.insert(key, Stream::opening(port));
+        self.settle(key);
+        Some(key)
+    }
+
+    fn key(&self, number: u32) -> Key {
+        Key { session: self.session, number }
     }
 
     /// Resets every stream without a word to the other side, which has forgotten them.
@@ -319,6 +334,7 @@ impl Core {
         });
         ready.clear();
         *queued_bytes = 0;
+        self.session = self.session.wrapping_add(1);
     }
 
     /// Streams that are open or being opened.
@@ -349,8 +365,9 @@ impl Core {
             _ => {}
         }
         // Frames of a stream that was reset here cross the reset on their way.
+        let key = self.key(id);
         let Self { streams, wakers, queued_bytes, .. } = self;
-        let Some(stream) = streams.get_mut(&id) else { return Ok(Received::Nothing) };
+        let Some(stream) = streams.get_mut(&key) else { return Ok(Received::Nothing) };
         match kind {
             Kind::Opened => stream.opened(wakers),
             Kind::Refused => stream.refused(wakers),
@@ -366,7 +383,7 @@ impl Core {
             }
             _ => return Err(Violation::Unexpected(kind)),
         }
-        self.settle(id);
+        self.settle(key);
         Ok(Received::Nothing)
     }
 
@@ -375,15 +392,16 @@ impl Core {
             return Err(Violation::Unexpected(Kind::Open));
         }
         let port = payload.try_into().ok().and_then(|bytes| Port::new(u16::from_le_bytes(bytes))).ok_or(malformed)?;
-        if id == 0 || self.streams.contains_key(&id) {
+        let key = self.key(id);
+        if id == 0 || self.streams.contains_key(&key) {
             return Err(Violation::OpenedTwice(id));
         }
         // The host keeps the same bound; a few more may be on their way out here.
         let stream = if self.streams.len() < 2 * MAX_STREAMS { Stream::connecting() } else { Stream::refusing() };
         let refusing = matches!(stream.stage, Stage::Refusing);
-        self.streams.insert(id, stream);
-        self.settle(id);
-        Ok(if refusing { Received::Nothing } else { Received::Open { stream: id, port } })
+        self.streams.insert(key, stream);
+        self.settle(key);
+        Ok(if refusing { Received::Nothing } else { Received::Open { stream: key, port } })
     }
 }
 
@@ -394,4 +412,33 @@ pub(crate) fn wait<T>(slot: &mut Option<Waker>, cx: &std::task::Context<'_>) -> 
         None => *slot = Some(cx.waker().clone()),
     }
     Poll::Pending
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use tokio::io::AsyncReadExt as _;
+
+    use super::*;
+    use crate::stream::MuxStream;
+
+    /// After a restart of `serve`: the new host's first stream has the number of an old one whose user in the guest has not
+    /// looked at it since.
+    #[tokio::test]
+    async fn a_number_of_a_forgotten_host_is_free_for_the_next() {
+        let mux = Arc::new(Mux::new(Side::Guest));
+        let open = || Frame { kind: Kind::Open, stream: 1, more: false, payload: Bytes::from_static(&[80, 0]) };
+        let Ok(Received::Open { stream: first, .. }) = mux.lock().receive(open()) else { panic!("it was not taken") };
+        let mut held = MuxStream::new(mux.clone(), first);
+        assert_eq!(mux.lock().receive(open()), Err(Violation::OpenedTwice(1)));
+
+        mux.lock().reset_all();
+        let Ok(Received::Open { stream: second, .. }) = mux.lock().receive(open()) else { panic!("it was not taken") };
+        let fresh = MuxStream::new(mux.clone(), second);
+        assert!(held.read_u8().await.is_err());
+        drop(held);
+        assert!(fresh.accept(), "the old stream's end was taken for the new one's");
+        assert_eq!(mux.lock().open_streams(), 1);
+    }
 }

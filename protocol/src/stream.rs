@@ -14,7 +14,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::{
     frame::{Kind, MAX_PAYLOAD, put_frame},
-    mux::{Mux, Side, Violation, WINDOW, wait},
+    mux::{Key, Mux, Side, Violation, WINDOW, wait},
 };
 
 /// Room is given back when this much of it has been read: often enough that a sender never runs dry, rarely enough that
@@ -325,12 +325,12 @@ impl Stream {
 /// A dropped handle resets the stream, except for what [`AsyncWrite::poll_shutdown`] has already promised to deliver.
 pub struct MuxStream {
     mux: Arc<Mux>,
-    id: u32,
+    key: Key,
 }
 
 impl std::fmt::Debug for MuxStream {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("MuxStream").field("id", &self.id).finish_non_exhaustive()
+        f.debug_struct("MuxStream").field("key", &self.key).finish_non_exhaustive()
     }
 }
 
@@ -343,14 +343,14 @@ pub(crate) enum Answer {
 
 impl MuxStream {
     /// The handle of a stream that is in the table and has none yet.
-    pub(crate) fn new(mux: Arc<Mux>, id: u32) -> Self {
-        Self { mux, id }
+    pub(crate) fn new(mux: Arc<Mux>, key: Key) -> Self {
+        Self { mux, key }
     }
 
     fn with<R>(&self, act: impl FnOnce(&mut Stream) -> R) -> Option<R> {
         let mut core = self.mux.lock();
-        let result = act(core.streams.get_mut(&self.id)?);
-        core.settle(self.id);
+        let result = act(core.streams.get_mut(&self.key)?);
+        core.settle(self.key);
         Some(result)
     }
 
@@ -415,7 +415,7 @@ impl MuxStream {
         }
         ready!(self.poll_room(cx))?;
         let mut core = self.mux.lock();
-        let Some(stream) = core.streams.get_mut(&self.id) else { return Poll::Ready(Err(gone())) };
+        let Some(stream) = core.streams.get_mut(&self.key) else { return Poll::Ready(Err(gone())) };
         let mut taken = 0;
         if matches!(stream.stage, Stage::Accepting | Stage::Open) {
             for buffer in buffers {
@@ -430,7 +430,7 @@ impl MuxStream {
             return Poll::Ready(Err(gone()));
         }
         core.queued_bytes += taken;
-        core.settle(self.id);
+        core.settle(self.key);
         let parked = core.side == Side::Host && core.gate == crate::mux::Gate::Shut;
         drop(core);
         if parked {
@@ -510,11 +510,11 @@ impl AsyncWrite for MuxStream {
 impl Drop for MuxStream {
     fn drop(&mut self) {
         let mut core = self.mux.lock();
-        let Some(stream) = core.streams.get_mut(&self.id) else { return };
+        let Some(stream) = core.streams.get_mut(&self.key) else { return };
         let queued = stream.queued();
         stream.release();
         let still_queued = stream.queued();
         core.queued_bytes -= queued - still_queued;
-        core.settle(self.id);
+        core.settle(self.key);
     }
 }

@@ -130,7 +130,7 @@ impl L4Connect for Connector {
             }
         };
         if self.target.speaks == Speaks::WebSocket {
-            let socket = GuestSocket::new(stream, self.links.count_open());
+            let socket = GuestSocket::new(stream, self.awake.clone(), self.links.count_open());
             return Ok(VirtualSocketStream::new(Box::new(socket)).into());
         }
         match self.links.tie(self.target, stream) {

@@ -1,24 +1,51 @@
-//! A guest stream as pingora's socket, for connections that are never reused.
+//! A guest stream as pingora's socket, for WebSockets: connections that are never reused.
+//!
+//! It also answers the pings of a client whose microVM is asleep (design §4 rule 5). They would otherwise be parked bytes
+//! that wake it, and a client that keeps its connection open would keep its microVM awake. While the microVM is awake every
+//! byte passes unchanged in both directions.
 
 use std::{
+    collections::VecDeque,
     fmt, io,
     pin::Pin,
-    sync::Mutex,
-    task::{Context, Poll},
+    sync::{Arc, Mutex},
+    task::{Context, Poll, Waker, ready},
 };
 
+use idle_controller::Awake;
 use pingora_core::protocols::l4::virt::{VirtualSockOpt, VirtualSocket};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use vmm_runtime::engine::GuestStream;
 
+use super::frames::{self, Ping, Scanner};
 use crate::metrics::Open;
+
+/// Pongs that wait for the client to read; a client that does not read gets no more of them.
+const MAX_PONG_BYTES: usize = 4096;
+/// Of an answer's status line, as much as holds its status.
+const STATUS_LINE: usize = "HTTP/1.1 101".len();
+const HEADER_END: &[u8; 4] = b"\r\n\r\n";
 
 /// The stream. Its drop closes it.
 pub(crate) struct GuestSocket {
     // Never locked: pingora wants `Sync`, and every use has `&mut`.
-    stream: Mutex<GuestStream>,
-    first_read: FirstRead,
+    inner: Mutex<Tunnel>,
     _open: Open,
+}
+
+struct Tunnel {
+    stream: GuestStream,
+    awake: Arc<Awake>,
+    first_read: FirstRead,
+    to_guest: Direction,
+    from_guest: Direction,
+    /// A ping that is being taken from the client, as far as it has come.
+    ping: Vec<u8>,
+    /// What began like a ping and goes to the guest before anything else.
+    held_back: Vec<u8>,
+    /// What is to be said to the client between two frames of the guest's.
+    pongs: VecDeque<u8>,
+    reader: Option<Waker>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,14 +54,188 @@ enum FirstRead {
     Yielded,
 }
 
-impl GuestSocket {
-    /// Wraps a stream and counts it as open.
-    pub fn new(stream: GuestStream, open: Open) -> Self {
-        Self { stream: Mutex::new(stream), first_read: FirstRead::Ahead, _open: open }
+/// What a direction carries.
+enum Direction {
+    /// The header of the handshake.
+    Header(HeaderScan),
+    /// Frames.
+    Frames(Scanner),
+    /// Something else: the handshake was refused.
+    Opaque,
+}
+
+/// Follows the header of the handshake.
+struct HeaderScan {
+    side: Side,
+    /// Its first bytes, up to [`STATUS_LINE`].
+    start: Vec<u8>,
+    /// Bytes of [`HEADER_END`] that were the last to pass.
+    matched: usize,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Side {
+    Request,
+    Answer,
+}
+
+impl Direction {
+    fn header(side: Side) -> Self {
+        Self::Header(HeaderScan { side, start: Vec::with_capacity(STATUS_LINE), matched: 0 })
     }
 
-    fn stream(&mut self) -> Pin<&mut (dyn vmm_runtime::engine::ByteStream + '_)> {
-        self.stream.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner()).as_mut()
+    /// These bytes pass.
+    fn pass(&mut self, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            match self {
+                Self::Opaque => return,
+                Self::Frames(scanner) => return scanner.pass(bytes),
+                Self::Header(header) => {
+                    let Some(taken) = header.pass(bytes) else { return };
+                    *self = header.next();
+                    bytes = &bytes[taken..];
+                }
+            }
+        }
+    }
+
+    fn frames(&self) -> Option<&Scanner> {
+        match self {
+            Self::Frames(scanner) => Some(scanner),
+            Self::Header(_) | Self::Opaque => None,
+        }
+    }
+}
+
+impl HeaderScan {
+    /// How many of these bytes the header takes, if it ends in them.
+    fn pass(&mut self, bytes: &[u8]) -> Option<usize> {
+        for (at, &byte) in bytes.iter().enumerate() {
+            if self.start.len() < STATUS_LINE {
+                self.start.push(byte);
+            }
+            self.matched = match self.matched {
+                matched if byte == HEADER_END[matched] => matched + 1,
+                _ => usize::from(byte == HEADER_END[0]),
+            };
+            if self.matched == HEADER_END.len() {
+                return Some(at + 1);
+            }
+        }
+        None
+    }
+
+    /// What follows it.
+    fn next(&self) -> Direction {
+        let status = self.start.get(STATUS_LINE - 3..).unwrap_or_default();
+        match (self.side, status) {
+            // If the app refuses, nothing follows.
+            (Side::Request, _) | (Side::Answer, b"101") => Direction::Frames(Scanner::default()),
+            // An interim answer; the real one is still to come.
+            (Side::Answer, [b'1', ..]) => Direction::header(Side::Answer),
+            (Side::Answer, _) => Direction::Opaque,
+        }
+    }
+}
+
+impl Tunnel {
+    /// Passes bytes to the guest, except for the pings of a client whose microVM is asleep.
+    fn poll_write(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        ready!(self.poll_send_held_back(cx))?;
+        if !self.ping.is_empty() {
+            return Poll::Ready(Ok(self.take_ping(bytes)));
+        }
+        let passed = match (self.to_guest.frames(), self.from_guest.frames()) {
+            (Some(scanner), Some(_)) if self.awake.is_asleep() => scanner.before_ping(bytes),
+            _ => bytes.len(),
+        };
+        if passed == 0 && !bytes.is_empty() {
+            return Poll::Ready(Ok(self.take_ping(bytes)));
+        }
+        let written = ready!(self.stream.as_mut().poll_write(cx, &bytes[..passed]))?;
+        self.to_guest.pass(&bytes[..written]);
+        Poll::Ready(Ok(written))
+    }
+
+    /// `bytes` go on with a ping, or begin one; answers how many of them were taken.
+    fn take_ping(&mut self, bytes: &[u8]) -> usize {
+        for (taken, &byte) in (1..).zip(bytes) {
+            self.ping.push(byte);
+            match frames::answer(&self.ping) {
+                Ping::Incomplete => {}
+                Ping::Pong(pong) => {
+                    self.ping.clear();
+                    if self.pongs.len() + pong.len() <= MAX_PONG_BYTES {
+                        self.pongs.extend(pong);
+                        self.reader.take().into_iter().for_each(Waker::wake);
+                    }
+                    return taken;
+                }
+                Ping::NotOne => {
+                    self.held_back = std::mem::take(&mut self.ping);
+                    return taken;
+                }
+            }
+        }
+        bytes.len()
+    }
+
+    fn poll_send_held_back(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while !self.held_back.is_empty() {
+            let written = ready!(self.stream.as_mut().poll_write(cx, &self.held_back))?;
+            self.to_guest.pass(&self.held_back[..written]);
+            self.held_back.drain(..written);
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_read(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if self.first_read == FirstRead::Ahead {
+            // pingora issue #946: if the 101 is read before the end of the (empty) request body has gone through its
+            // other task, the tunnel is torn down. Yielding once lets the body go first.
+            self.first_read = FirstRead::Yielded;
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        if !self.pongs.is_empty() && self.from_guest.frames().is_some_and(Scanner::at_boundary) {
+            let said = self.pongs.len().min(buf.remaining());
+            buf.put_slice(&self.pongs.make_contiguous()[..said]);
+            self.pongs.drain(..said);
+            return Poll::Ready(Ok(()));
+        }
+        let before = buf.filled().len();
+        match self.stream.as_mut().poll_read(cx, buf) {
+            Poll::Ready(read) => {
+                self.from_guest.pass(&buf.filled()[before..]);
+                Poll::Ready(read)
+            }
+            Poll::Pending => {
+                self.reader = Some(cx.waker().clone());
+                Poll::Pending
+            }
+        }
+    }
+}
+
+impl GuestSocket {
+    /// Wraps a stream and counts it as open.
+    pub fn new(stream: GuestStream, awake: Arc<Awake>, open: Open) -> Self {
+        let tunnel = Tunnel {
+            stream,
+            awake,
+            first_read: FirstRead::Ahead,
+            to_guest: Direction::header(Side::Request),
+            from_guest: Direction::header(Side::Answer),
+            ping: Vec::new(),
+            held_back: Vec::new(),
+            pongs: VecDeque::new(),
+            reader: None,
+        };
+        Self { inner: Mutex::new(tunnel), _open: open }
+    }
+
+    fn tunnel(&mut self) -> &mut Tunnel {
+        self.inner.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }
 
@@ -46,28 +247,23 @@ impl fmt::Debug for GuestSocket {
 
 impl AsyncRead for GuestSocket {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        if self.first_read == FirstRead::Ahead {
-            // pingora issue #946: if the 101 is read before the end of the (empty) request body has gone through its
-            // other task, the tunnel is torn down. Yielding once lets the body go first.
-            self.first_read = FirstRead::Yielded;
-            cx.waker().wake_by_ref();
-            return Poll::Pending;
-        }
-        self.stream().poll_read(cx, buf)
+        self.tunnel().poll_read(cx, buf)
     }
 }
 
 impl AsyncWrite for GuestSocket {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        self.stream().poll_write(cx, buf)
+        self.tunnel().poll_write(cx, buf)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.stream().poll_flush(cx)
+        let tunnel = self.tunnel();
+        ready!(tunnel.poll_send_held_back(cx))?;
+        tunnel.stream.as_mut().poll_flush(cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.stream().poll_shutdown(cx)
+        self.tunnel().stream.as_mut().poll_shutdown(cx)
     }
 }
 

@@ -5,5 +5,6 @@
 //! ([`links`]). A WebSocket is never reused and sits on its guest stream directly ([`guest_socket`]).
 
 pub(crate) mod connector;
+pub(crate) mod frames;
 pub(crate) mod guest_socket;
 pub(crate) mod links;

@@ -260,7 +260,7 @@ async fn a_grpc_client_reads_its_own_status_beside_the_http_one() {
     let vm = rig.microvm(address).await;
     let narrow = rig.token(&vm, PortScope::single(Port::new(1).unwrap()));
     let mut h2 = rig.h2().await;
-    for (auth, status, grpc) in [(None, 403, "16"), (Some(narrow.as_str()), 403, "7")] {
+    for (auth, status, grpc) in [(None, 403, "7"), (Some(narrow.as_str()), 403, "7")] {
         let mut fields = vec![("content-type", "application/grpc"), ("te", "trailers")];
         fields.extend(auth.map(|auth| ("x-aws-proxy-auth", auth)));
         let answer = h2.send(h2_request("POST", &vm.host, "/pkg.Service/Call", &fields, full("12345"))).await;

@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use futures::{SinkExt as _, StreamExt as _};
-use model::PortScope;
+use model::{MicrovmState, PortScope};
 use tokio::{io::{AsyncReadExt as _, AsyncWriteExt as _}, net::TcpStream};
 use tokio_rustls::client::TlsStream;
 use tokio_tungstenite::{
@@ -260,4 +260,34 @@ async fn a_silent_websocket_stays_open() {
     assert!(tokio::time::timeout(Duration::from_millis(900), socket.next()).await.is_err());
     socket.send(Message::text("still here")).await.unwrap();
     assert_eq!(within("the echo", socket.next()).await.unwrap().unwrap(), Message::text("still here"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_ping_is_answered_while_the_microvm_sleeps_and_wakes_nobody() {
+    let rig = Rig::new().await;
+    let vm = rig.microvm(echo(None).await).await;
+    let token = rig.token(&vm, PortScope::All);
+    let (mut socket, _) = open(&rig, &vm, &[], &[("x-aws-proxy-auth", &token)]).await.unwrap();
+    within("the first message", socket.next()).await.unwrap().unwrap();
+
+    // Awake: the app answers.
+    socket.send(Message::Ping("to the app".into())).await.unwrap();
+    assert_eq!(within("the pong", socket.next()).await.unwrap().unwrap(), Message::Pong("to the app".into()));
+
+    for round in 0..2 {
+        rig.suspend(&vm).await;
+        for payload in ["", "are you there?", &"x".repeat(125)] {
+            socket.send(Message::Ping(payload.to_owned().into())).await.unwrap();
+            assert_eq!(within("the pong", socket.next()).await.unwrap().unwrap(), Message::Pong(payload.to_owned().into()));
+        }
+        assert_eq!((vm.state(), rig.engine.counts().restores), (MicrovmState::Suspended, round));
+
+        // A message does wake it, also right behind a ping, and nothing of what surrounds the pings is lost.
+        socket.feed(Message::Ping("first".into())).await.unwrap();
+        socket.feed(Message::text("then this")).await.unwrap();
+        socket.flush().await.unwrap();
+        assert_eq!(within("the pong", socket.next()).await.unwrap().unwrap(), Message::Pong("first".into()));
+        assert_eq!(within("the echo", socket.next()).await.unwrap().unwrap(), Message::text("then this"));
+        assert_eq!(rig.engine.counts().restores, round + 1);
+    }
 }

@@ -85,9 +85,10 @@ impl Engine for RecordingEngine {
     async fn boot(&self, spec: BootSpec) -> Result<Arc<dyn Vm>, EngineError> {
         assert_eq!(std::fs::read_dir(&spec.dir).unwrap().count(), 0, "the directory of a boot exists and is empty");
         assert!(spec.root_disk.is_absolute() && spec.root_disk.is_file());
-        self.boots.send_modify(|boots| boots.push(spec.clone()));
+        // Counted before it is told: a test that has heard of it may let it go on.
         let now = self.under_way.fetch_add(1, Ordering::SeqCst) + 1;
         self.most_under_way.fetch_max(now, Ordering::SeqCst);
+        self.boots.send_modify(|boots| boots.push(spec.clone()));
         self.permits.acquire().await.unwrap().forget();
         self.under_way.fetch_sub(1, Ordering::SeqCst);
         if let Some((code, printed)) = self.fail_boot.lock().unwrap().take() {

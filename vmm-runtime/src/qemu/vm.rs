@@ -36,6 +36,8 @@ use crate::engine::{DialError, EngineError, Exit, GuestStream, SuspendOutcome, U
 /// Of the console, this much is quoted.
 const CONSOLE_TAIL_BYTES: usize = 2048;
 const CONSOLE_LIMIT: Duration = Duration::from_secs(1);
+/// How long the end of a process may take to be noticed after its channel broke.
+const END_SLACK: Duration = Duration::from_secs(2);
 /// What the answer to a readiness question may take on top of the guest's own waiting.
 const ANSWER_SLACK: Duration = Duration::from_secs(5);
 
@@ -126,6 +128,8 @@ impl Core {
                 Err(EngineError::GuestTimeout { step: "freeze the app", limit, detail })
             }
             Err(error) => {
+                // A broken channel is most often the first sign of an end that is about to be told properly.
+                let _ = tokio::time::timeout(END_SLACK, self.over()).await;
                 self.ensure_running("freezing the app")?;
                 Err(failed("freezing the app", error))
             }
