@@ -211,3 +211,30 @@ async fn a_byte_on_a_parked_stream_does_not_wake_what_traffic_may_not_wake() {
     handle.resume().await.unwrap();
     assert_eq!(stream.read_u8().await.unwrap(), b'x');
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_request_whose_answer_is_owed_wakes_what_was_put_to_sleep_under_it() {
+    let node = Node::start().await;
+    let handle = node.running(spec()).await;
+    let owed = awake(&handle).await.unwrap();
+    handle.suspend().await.unwrap();
+    // The suspend is carried out, and the request is then like one that has just come.
+    let again = handle.wait_until(|view| view.state == MicrovmState::Running && view.generation == Generation(1)).await;
+    assert_eq!(again.generation, Generation(1));
+    assert_eq!((node.engine.counts().suspends, node.engine.counts().restores), (1, 1));
+
+    // Once its answer has begun it is an open stream, which wakes nobody.
+    owed.streaming();
+    handle.suspend().await.unwrap();
+    reaches(&handle, MicrovmState::Suspended).await;
+    assert_eq!(node.engine.counts().restores, 1);
+    drop(owed);
+
+    // Where traffic may not wake it, an owed answer may not either.
+    let handle = node.running(no_auto_resume()).await;
+    let owed = awake(&handle).await.unwrap();
+    handle.suspend().await.unwrap();
+    reaches(&handle, MicrovmState::Suspended).await;
+    assert_eq!(node.engine.counts().restores, 1);
+    drop(owed);
+}
