@@ -1,7 +1,7 @@
 //! What one request knows of itself on its way through the phases.
 
 use std::{
-    sync::{Arc, OnceLock},
+    sync::{Arc, OnceLock, atomic::AtomicU64},
     time::{Duration, Instant},
 };
 
@@ -53,6 +53,10 @@ pub(crate) struct Context {
     pub reused: bool,
     /// Ends the connection if the guest stays silent.
     pub first_byte: Option<AbortOnDropHandle<()>>,
+    /// Takes an answer that nothing has come of for long for an open stream.
+    pub watch: Option<AbortOnDropHandle<()>>,
+    /// Body bytes of the answer so far, for `watch`.
+    pub progress: Arc<AtomicU64>,
     /// Set by `first_byte` when it did so.
     pub silent: Arc<OnceLock<()>>,
     /// Interim answers of the guest so far.
@@ -92,6 +96,8 @@ impl Context {
             link: None,
             reused: false,
             first_byte: None,
+            watch: None,
+            progress: Arc::default(),
             silent: Arc::default(),
             interim: 0,
             close_delimited: false,

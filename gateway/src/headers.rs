@@ -1,6 +1,6 @@
 //! Which header fields cross the edge: reserved ones out, cookies joined, sizes counted.
 
-use http::{HeaderMap, HeaderName, HeaderValue, header};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 
 /// The token's field.
 pub(crate) const AUTH_FIELD: &str = "x-aws-proxy-auth";
@@ -44,6 +44,34 @@ pub(crate) fn is_grpc(headers: &HeaderMap) -> bool {
     })
 }
 
+/// When an answer that has begun is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum AnswerKind {
+    /// When its guest has sent all of it.
+    Finite,
+    /// Perhaps never: it is held open for what may come.
+    Stream,
+    /// It does not say.
+    Unknown,
+}
+
+/// Media types whose answers are held open: server-sent events (HTML standard §9.2), gRPC, and what cameras and log tails use.
+const STREAMS: [&str; 6] =
+    ["text/event-stream", "application/grpc", "multipart/x-mixed-replace", "application/x-ndjson", "application/jsonl", "application/stream+json"];
+
+/// What kind of answer this header begins.
+pub(crate) fn answer_kind(status: StatusCode, headers: &HeaderMap) -> AnswerKind {
+    let media_type = headers.get(header::CONTENT_TYPE).map_or(&b""[..], HeaderValue::as_bytes);
+    let is = |stream: &&str| media_type.get(..stream.len()).is_some_and(|start| start.eq_ignore_ascii_case(stream.as_bytes()));
+    if status == StatusCode::SWITCHING_PROTOCOLS || STREAMS.iter().any(|stream| is(&stream)) {
+        AnswerKind::Stream
+    } else if headers.contains_key(header::CONTENT_LENGTH) || matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED) {
+        AnswerKind::Finite
+    } else {
+        AnswerKind::Unknown
+    }
+}
+
 /// Whether HTTP/2 with prior knowledge towards the app was asked for.
 pub(crate) fn forces_h2(headers: &HeaderMap) -> bool {
     headers.get(FORCE_H2_FIELD).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"true"))
@@ -55,6 +83,21 @@ mod tests {
 
     fn map(fields: &[(&'static str, &'static str)]) -> HeaderMap {
         fields.iter().map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value))).collect()
+    }
+
+    #[test]
+    fn an_answer_says_whether_it_ends() {
+        for (status, fields, kind) in [
+            (200, &[("content-length", "5"), ("content-type", "text/plain")][..], AnswerKind::Finite),
+            (200, &[("transfer-encoding", "chunked")], AnswerKind::Unknown),
+            (200, &[("content-type", "application/json")], AnswerKind::Unknown),
+            (304, &[], AnswerKind::Finite),
+            (101, &[], AnswerKind::Stream),
+            (200, &[("content-type", "Text/Event-Stream; charset=utf-8"), ("content-length", "5")], AnswerKind::Stream),
+            (200, &[("content-type", "application/grpc+proto")], AnswerKind::Stream),
+        ] {
+            assert_eq!(answer_kind(StatusCode::from_u16(status).unwrap(), &map(fields)), kind, "{status} {fields:?}");
+        }
     }
 
     #[test]

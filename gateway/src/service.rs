@@ -5,14 +5,17 @@
 //! finds by itself is mapped in [`Service::reason_of`].
 
 use std::{
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use http::{HeaderMap, Method, StatusCode, Version, header};
-use idle_controller::Controller;
+use idle_controller::{Awake, Controller};
 use model::{Clock as _, SystemClock};
 use pingora_core::{
     Error, ErrorSource, ErrorType, Result,
@@ -30,7 +33,8 @@ use crate::{
     auth::permit::Permit,
     connection::Guarded,
     context::Context,
-    framing, headers,
+    framing,
+    headers::{self, AnswerKind},
     metrics::{Metrics, Protocol},
     reply::{Asker, Reason},
     route::Route,
@@ -46,6 +50,9 @@ use crate::{
 const MAX_FOUND_ASLEEP: u8 = 3;
 /// Interim answers (1xx) passed on per request; a guest that sends more is broken.
 const MAX_INTERIM: u8 = 16;
+/// An answer of unknown length is being computed as long as more of it comes; after this long without a byte it is a
+/// stream that is held open, which is no activity (design §3).
+const STREAM_SILENCE: Duration = Duration::from_secs(10);
 /// The body of a refused request is read and thrown away up to this size and time, so that its connection can go on.
 const MAX_SWALLOWED: usize = 64 * 1024;
 const SWALLOW_TIME: Duration = Duration::from_secs(2);
@@ -150,6 +157,21 @@ impl Service {
             (ErrorSource::Upstream, _) => Some(Reason::GuestBroke),
             (ErrorSource::Internal | ErrorSource::Unset, _) => Some(Reason::Internal),
         }
+    }
+
+    /// Takes an answer whose length nobody knows for an open stream once nothing has come of it for [`STREAM_SILENCE`].
+    fn watch_progress(&self, awake: Arc<Awake>, progress: Arc<AtomicU64>) -> tokio::task::JoinHandle<()> {
+        self.peers.links().watch(async move {
+            let mut seen = progress.load(Ordering::Relaxed);
+            loop {
+                tokio::time::sleep(STREAM_SILENCE).await;
+                let now = progress.load(Ordering::Relaxed);
+                if now == seen {
+                    return awake.streaming();
+                }
+                seen = now;
+            }
+        })
     }
 
     fn fail(ctx: &mut Context, reason: Reason) -> Box<Error> {
@@ -395,7 +417,12 @@ impl ProxyHttp for Service {
         ctx.first_byte = None;
         if let Some(awake) = &ctx.awake {
             awake.touch();
-            awake.streaming();
+            match headers::answer_kind(answer.status, &answer.headers) {
+                AnswerKind::Stream => awake.streaming(),
+                // Still being computed until its end.
+                AnswerKind::Finite => {}
+                AnswerKind::Unknown => ctx.watch = Some(AbortOnDropHandle::new(self.watch_progress(awake.clone(), ctx.progress.clone()))),
+            }
         }
         ctx.close_delimited = ctx.speaks == Speaks::Http1
             && session.req_header().method != Method::HEAD
@@ -414,8 +441,14 @@ impl ProxyHttp for Service {
         let length = body.as_ref().map_or(0, Bytes::len);
         if length > 0 {
             ctx.bytes_out += length as u64;
+            ctx.progress.store(ctx.bytes_out, Ordering::Relaxed);
             self.metrics.bytes_out.inc_by(length as u64);
             ctx.touch();
+        }
+        if end_of_stream && let Some(awake) = &ctx.awake {
+            // The guest has done its part; how fast the client reads is no work of the guest's.
+            awake.streaming();
+            ctx.watch = None;
         }
         // An answer that ends with its connection is whole only if the guest closed in order.
         if end_of_stream && ctx.close_delimited && ctx.link.as_ref().is_some_and(|link| link.is_broken()) {
