@@ -9,17 +9,16 @@ use std::{
     fs::{self, File},
     io::{self, BufWriter},
     ops::Range,
-    os::{
-        fd::{AsFd, BorrowedFd},
-        unix::fs::{FileExt, MetadataExt},
-    },
+    os::unix::fs::{FileExt, MetadataExt},
     path::Path,
 };
 
-use rustix::ioctl::{Ioctl, IoctlOutput, Opcode};
 use tokio_util::sync::CancellationToken;
 
-use crate::snapshot::memdiff::{DiffError, PAGE, Reader, Writer, Written};
+use vmm_protocol::{
+    memdiff::{DiffError, PAGE, Reader, Writer, Written},
+    pagemap,
+};
 
 const PAGE_U64: u64 = PAGE as u64;
 /// How much is read at a time; also how often a cancel is looked at.
@@ -28,9 +27,6 @@ static ZERO_PAGE: [u8; PAGE] = [0; PAGE];
 
 /// Addresses of the guest's memory in the process.
 pub type Mapping = Range<u64>;
-
-/// Consecutive pages, as indices into guest memory.
-pub type Pages = Range<u64>;
 
 /// Finds where the process maps the whole of `memory`.
 pub fn find_mapping(pid: i32, memory: &Path) -> io::Result<Mapping> {
@@ -59,143 +55,6 @@ fn mapping_in(maps: &str, inode: u64, length: u64) -> Option<Mapping> {
         }
     }
     found.filter(|mapping| mapping.end - mapping.start == length)
-}
-
-/// The pages of the mapping that belong to the process alone.
-pub fn private_pages(pid: i32, mapping: &Mapping) -> io::Result<Vec<Pages>> {
-    let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;
-    match scan(pagemap.as_fd(), mapping) {
-        // Linux before 6.7.
-        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL)) => read_pagemap(&pagemap, mapping),
-        scanned => scanned,
-    }
-}
-
-/// Bits of an entry of `/proc/<pid>/pagemap`.
-const PRESENT: u64 = 1 << 63;
-const SWAPPED: u64 = 1 << 62;
-const FILE_OR_SHARED: u64 = 1 << 61;
-
-fn read_pagemap(pagemap: &File, mapping: &Mapping) -> io::Result<Vec<Pages>> {
-    let (mut pages, mut entries) = (Vec::new(), vec![0; 64 * 1024]);
-    let (first, end) = (mapping.start / PAGE_U64, mapping.end / PAGE_U64);
-    let mut at = first;
-    while at < end {
-        let wanted = entries.len().min((end - at) as usize * 8);
-        pagemap.read_exact_at(&mut entries[..wanted], at * 8)?;
-        for entry in entries[..wanted].chunks_exact(8) {
-            let entry = u64::from_ne_bytes(entry.try_into().expect("eight bytes"));
-            if entry & (PRESENT | SWAPPED) != 0 && entry & FILE_OR_SHARED == 0 {
-                add(&mut pages, at - first..at - first + 1);
-            }
-            at += 1;
-        }
-    }
-    Ok(pages)
-}
-
-fn add(pages: &mut Vec<Pages>, more: Pages) {
-    match pages.last_mut() {
-        Some(last) if last.end == more.start => last.end = more.end,
-        _ => pages.push(more),
-    }
-}
-
-/// `struct pm_scan_arg` of linux/fs.h.
-#[repr(C)]
-#[derive(Debug, Default)]
-struct ScanArg {
-    size: u64,
-    flags: u64,
-    start: u64,
-    end: u64,
-    walk_end: u64,
-    vec: u64,
-    vec_len: u64,
-    max_pages: u64,
-    category_inverted: u64,
-    category_mask: u64,
-    category_anyof_mask: u64,
-    return_mask: u64,
-}
-
-/// `struct page_region` of linux/fs.h.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Default)]
-struct Region {
-    start: u64,
-    end: u64,
-    categories: u64,
-}
-
-const PAGE_IS_FILE: u64 = 1 << 2;
-const PAGE_IS_PRESENT: u64 = 1 << 3;
-const PAGE_IS_SWAPPED: u64 = 1 << 4;
-
-/// The `PAGEMAP_SCAN` ioctl with what it reads and writes.
-struct Scan<'a> {
-    arg: ScanArg,
-    /// Keeps the memory that `arg.vec` points at borrowed.
-    _regions: &'a mut [Region],
-}
-
-impl<'a> Scan<'a> {
-    fn new(range: Range<u64>, regions: &'a mut [Region]) -> Self {
-        let arg = ScanArg {
-            size: size_of::<ScanArg>() as u64,
-            start: range.start,
-            end: range.end,
-            vec: regions.as_mut_ptr() as u64,
-            vec_len: regions.len() as u64,
-            category_inverted: PAGE_IS_FILE,
-            category_mask: PAGE_IS_FILE,
-            category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
-            return_mask: PAGE_IS_PRESENT,
-            ..ScanArg::default()
-        };
-        Self { arg, _regions: regions }
-    }
-}
-
-// SAFETY: the opcode is `_IOWR('f', 16, struct pm_scan_arg)`, whose layout `ScanArg` repeats (a test checks its size). The
-// kernel reads and writes `arg` and writes at most `vec_len` regions at `vec`; both are exclusively borrowed by `self` for
-// the duration of the call, and a `Region` may hold any bits.
-unsafe impl Ioctl for Scan<'_> {
-    /// How many regions were written, and where the walk ended.
-    type Output = (usize, u64);
-    const IS_MUTATING: bool = true;
-
-    fn opcode(&self) -> Opcode {
-        rustix::ioctl::opcode::read_write::<ScanArg>(b'f', 16)
-    }
-
-    fn as_ptr(&mut self) -> *mut rustix::ffi::c_void {
-        (&raw mut self.arg).cast()
-    }
-
-    unsafe fn output_from_ptr(out: IoctlOutput, arg: *mut rustix::ffi::c_void) -> rustix::io::Result<Self::Output> {
-        // SAFETY: `arg` is what `as_ptr` returned, a valid and initialised `ScanArg`.
-        let walk_end = unsafe { (*arg.cast::<ScanArg>()).walk_end };
-        Ok((usize::try_from(out).unwrap_or(0), walk_end))
-    }
-}
-
-fn scan(pagemap: BorrowedFd<'_>, mapping: &Mapping) -> io::Result<Vec<Pages>> {
-    let (mut pages, mut regions) = (Vec::new(), vec![Region::default(); 1024]);
-    let mut at = mapping.start;
-    while at < mapping.end {
-        let request = Scan::new(at..mapping.end, &mut regions);
-        // SAFETY: the file is a pagemap, which is what the ioctl is for; on any other it fails with ENOTTY.
-        let (found, walk_end) = unsafe { rustix::ioctl::ioctl(pagemap, request)? };
-        for region in &regions[..found.min(regions.len())] {
-            add(&mut pages, (region.start - mapping.start) / PAGE_U64..(region.end - mapping.start) / PAGE_U64);
-        }
-        if walk_end <= at {
-            return Err(io::Error::other("the scan of the page tables does not advance"));
-        }
-        at = walk_end;
-    }
-    Ok(pages)
 }
 
 /// Why a difference was not written.
@@ -233,7 +92,9 @@ fn open_memory(pid: i32, write: bool) -> io::Result<File> {
 
 /// Writes what a stopped clone's memory has that its image has not, durably.
 pub fn write_difference(pid: i32, mapping: &Mapping, image_memory: &Path, to: &Path, cancel: &CancellationToken) -> Result<Written, WriteError> {
-    let private = private_pages(pid, mapping).map_err(doing("finding the changed pages"))?;
+    let private = File::open(format!("/proc/{pid}/pagemap"))
+        .and_then(|file| pagemap::private_pages(&file, mapping))
+        .map_err(doing("finding the changed pages"))?;
     let memory = open_memory(pid, false).map_err(doing("opening the guest's memory"))?;
     let image = File::open(image_memory).map_err(doing(format!("opening {}", image_memory.display())))?;
     let file = File::create_new(to).map_err(doing(format!("creating {}", to.display())))?;
@@ -350,30 +211,6 @@ fn next_data(file: &File, from: u64, length: u64) -> io::Result<Option<(u64, u64
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_layout_is_the_kernels() {
-        assert_eq!((size_of::<ScanArg>(), size_of::<Region>()), (96, 24));
-        assert_eq!(rustix::ioctl::opcode::read_write::<ScanArg>(b'f', 16), 0xc060_6610);
-    }
-
-    #[test]
-    fn both_ways_to_find_private_pages_agree() {
-        // Anonymous memory of this process: every page that was written counts as private.
-        let mut memory = vec![0u8; 300 * PAGE];
-        let start = (memory.as_ptr() as u64).next_multiple_of(PAGE_U64);
-        let skip = (start - memory.as_ptr() as u64) as usize;
-        for page in [0, 1, 5, 6, 7, 200] {
-            memory[skip + page * PAGE] = 1;
-        }
-        let (pid, mapping) = (std::process::id() as i32, start..start + 290 * PAGE_U64);
-        let pagemap = File::open(format!("/proc/{pid}/pagemap")).unwrap();
-        let read = read_pagemap(&pagemap, &mapping).unwrap();
-        assert_eq!(private_pages(pid, &mapping).unwrap(), read);
-        for page in [0, 1, 5, 6, 7, 200] {
-            assert!(read.iter().any(|pages| pages.contains(&page)), "{read:?}");
-        }
-    }
 
     #[test]
     fn a_mapping_in_pieces_is_found_and_one_that_is_not_whole_is_not() {

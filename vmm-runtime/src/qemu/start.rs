@@ -43,11 +43,9 @@ use super::{
 };
 use crate::{
     engine::{BootSpec, EngineError, Exit, LaunchSpec, RestoreSpec, Started},
-    snapshot::{
-        manifest::{MicrovmManifest, Part},
-        memdiff::{DiffError, PAGE, Reader},
-    },
+    snapshot::manifest::{MicrovmManifest, Part},
 };
+use vmm_protocol::memdiff::{DiffError, PAGE, Reader};
 
 const MIB: u64 = 1 << 20;
 /// Under this name QEMU keeps the descriptor that the state is read from.

@@ -21,9 +21,9 @@ use crate::{
     snapshot::{
         atomic::Staging,
         manifest::{self, FORMAT, MicrovmManifest, Part},
-        memdiff::Written,
     },
 };
+use vmm_protocol::memdiff::Written;
 
 pub(super) const MEMORY: &str = "memory.diff";
 /// Kept free beyond what a snapshot needs, for everyone else on the disk.
