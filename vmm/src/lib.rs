@@ -1,0 +1,7 @@
+//! dormouse-vmm: one process per microVM, on KVM.
+//!
+//! Owns: the virtual machine ([`machine`]), its KVM state ([`kvm`]), what a PC's kernel expects to find ([`arch`],
+//! [`devices`]), guest memory ([`memory`]) and the file of device state ([`snapshot`]). Never decides when a microVM sleeps,
+//! never opens a file by name once it is jailed, never trusts what a guest or a snapshot file says.
+
+pub mod machine;
