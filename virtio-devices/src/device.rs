@@ -5,8 +5,9 @@
 //! never later: threads made after the jail would have the wrong filter.
 
 use std::{
+    any::Any,
     io,
-    os::fd::{AsFd, BorrowedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd},
     sync::{
         Arc,
         atomic::{AtomicU32, Ordering},
@@ -75,6 +76,13 @@ impl Interrupt {
     }
 }
 
+/// The descriptor of an eventfd, for [`Watch`]: `EventFd` itself only knows the raw number.
+pub fn descriptor_of(event: &EventFd) -> BorrowedFd<'_> {
+    // SAFETY: `event` owns the descriptor and is borrowed for as long as the result, so it stays open; it is not -1, since
+    // an `EventFd` is only made of what eventfd(2) returned or its maker vouched for.
+    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
+}
+
 /// How a device asks the event loop to call [`VirtioDevice::ready`]. Cheap to clone; usable from any thread.
 #[derive(Debug, Clone)]
 pub struct Watch {
@@ -118,7 +126,8 @@ impl Watch {
 pub struct Resources {
     /// Guest memory.
     pub memory: Memory,
-    /// The queues, in order; all valid (the transport has checked them against guest memory).
+    /// The queues, in order. Those that are `ready()` are valid (the transport has checked them against guest memory); a
+    /// driver may leave out a queue that it does not want, and that one is not `ready()` and must not be used.
     pub queues: Vec<Queue>,
     /// Features that were offered and taken.
     pub features: u64,
@@ -142,8 +151,8 @@ pub struct BadState {
 /// A virtio device.
 ///
 /// Life: made → (`activate` → … → `reset`)*; between `activate` and `reset` it may be `pause`d and `resume`d. A restored
-/// device is made, `restore`d, `activate`d with the saved queues, and is then paused until `resume`.
-pub trait VirtioDevice: Send {
+/// device is made, `restore`d, `activate`d with the saved queues (unless no driver used it), and is then paused until `resume`.
+pub trait VirtioDevice: Any + Send {
     /// For logs and errors: `block`, `vsock`, …
     fn name(&self) -> &'static str;
 

@@ -6,3 +6,4 @@
 //! gets `DEVICE_NEEDS_RESET`, never a panic.
 
 pub mod device;
+pub mod transport;
