@@ -7,6 +7,7 @@
 pub mod conformance;
 pub mod engine;
 pub mod guest_kit;
+mod host;
 #[cfg(feature = "testing")]
 pub mod loopback;
 pub mod qemu;

@@ -1,35 +1,33 @@
 //! Taking over a process that outlived an earlier `serve`.
 
-use std::{io, path::PathBuf, sync::Arc};
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use model::{Generation, MicrovmId};
 use protocol::link::Attach;
-use serde_json::json;
-use tokio::sync::watch;
 
 use super::{
-    Shared, blocking,
-    command::{AGENT_SOCKET, QMP_SOCKET},
-    committed,
-    disk::Layers,
-    failed, image, memory,
+    Backend, Layers, Shared, blocking, failed, image,
     pool::KillOnDrop,
     process::Process,
-    qmp::Qmp,
     record::{self, Record, Stage},
-    start::new_link,
-    vm::{Core, Kind, Life, QemuVm},
+    snapshots::committed,
+    start::{attach, new_link},
+    vm::{Core, Kind, ProcessVm},
 };
 use crate::{engine::EngineError, snapshot::atomic};
 
 /// See `Engine::adopt`.
-pub(super) async fn adopt(
-    shared: &Arc<Shared>,
+pub(super) async fn adopt<B: Backend>(
+    shared: &Arc<Shared<B>>,
     id: MicrovmId,
     dir: PathBuf,
     image_dir: PathBuf,
     generation: Generation,
-) -> Result<Option<Arc<QemuVm>>, EngineError> {
+) -> Result<Option<Arc<ProcessVm<B>>>, EngineError> {
     let doing = format!("looking for the process of {id}");
     let found = blocking({
         let dir = dir.clone();
@@ -59,7 +57,7 @@ pub(super) async fn adopt(
         (Stage::Running, true, false) => match take_over(shared, id, &dir, &image_dir, &record, process.get()).await {
             Ok(core) => {
                 let core = core(process.keep());
-                return Ok(Some(QemuVm::new(core)));
+                return Ok(Some(ProcessVm::new(core)));
             }
             Err(error) => format!("it cannot be reached: {}", chain(&error)),
         },
@@ -67,8 +65,8 @@ pub(super) async fn adopt(
         (_, false, _) => format!("it is of generation {}, not {generation}", record.generation),
         (_, _, true) => "its suspend was committed".to_owned(),
     };
-    tracing::info!(%id, pid = process.get().pid(), why, "a QEMU process is ended instead of adopted");
-    process.get().kill(shared.config.limits.kill).await;
+    tracing::info!(%id, pid = process.get().pid(), why, "a VMM process is ended instead of adopted");
+    process.get().kill(shared.common.limits.kill).await;
     Ok(None)
 }
 
@@ -84,46 +82,21 @@ fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-async fn take_over(
-    shared: &Arc<Shared>,
+async fn take_over<B: Backend>(
+    shared: &Arc<Shared<B>>,
     id: MicrovmId,
-    dir: &std::path::Path,
-    image_dir: &std::path::Path,
+    dir: &Path,
+    image_dir: &Path,
     record: &Record,
     process: &Process,
-) -> Result<impl FnOnce(Process) -> Core + use<>, EngineError> {
-    let limits = &shared.config.limits;
-    let connecting = |error: io::Error| failed("connecting to QEMU", error);
-    let talking = |error: super::qmp::QmpError| failed("talking to QEMU", error);
+) -> Result<impl FnOnce(Process) -> Core<B> + use<B>, EngineError> {
+    let backend = &shared.backend;
     let image = image::load(shared, image_dir).await?;
-    let mapping = memory::find_mapping(process.pid(), &image.memory()).map_err(|error| failed("finding the guest's memory in QEMU", error))?;
-    let qmp = process.connect(QMP_SOCKET, limits.command).await.map_err(connecting)?;
-    let qmp = Qmp::start(qmp, limits.command).await.map_err(talking)?;
-    let status = qmp.execute("query-status", json!({}), limits.command).await.map_err(talking)?;
-    if status["running"] != true {
-        if status["status"] == "shutdown" {
-            return Err(failed("adopting it", "the guest has shut down"));
-        }
-        // A suspend was cut off before its commit: it is taken back.
-        qmp.execute("cont", json!({}), limits.command).await.map_err(talking)?;
-    }
-    let agent = process.connect(AGENT_SOCKET, limits.command).await.map_err(connecting)?;
+    let vmm = backend.reconnect(process, &image).await?;
     let link = new_link(dir);
-    link.attach(agent, Attach::Adopted, limits.attach).await.map_err(|error| failed("talking to the guest agent", error))?;
-    let layers = Layers::existing(dir, &image.disk(), record.sealed_layers.clone(), record.generation);
+    attach(backend, process, &vmm, &link, || Ok(Attach::Adopted), shared.common.limits.attach, "answer after the node's restart").await?;
+    let layers = Layers::existing(dir, B::LAYER_FILES, record.sealed_layers.clone(), record.generation);
     let kind = Kind::Microvm { id, generation: record.generation, image, layers: tokio::sync::Mutex::new(layers) };
     let (shared, dir) = (shared.clone(), dir.to_owned());
-    Ok(move |process| Core {
-        shared,
-        kind,
-        dir,
-        process,
-        qmp,
-        link,
-        mapping,
-        life: watch::Sender::new(Life::Running),
-        handed_over: false.into(),
-        operation: tokio::sync::Mutex::new(()),
-        last_usage: Default::default(),
-    })
+    Ok(move |process| Core::new(&shared, kind, dir, process, vmm, link))
 }

@@ -1,4 +1,4 @@
-//! Ready processes: QEMUs that wait for the state of some clone of one image, so that a wake does not pay for their start.
+//! Ready processes: VMMs that wait for the state of some clone of one image, so that a wake does not pay for their start.
 //!
 //! Owns: how many wait for which image, and refilling in the background with low priority. A wake takes one or starts
 //! one itself; it never waits for a refill. A ready process has the image's memory mapped and no disk yet, so it fits
@@ -8,26 +8,19 @@ use std::{
     collections::HashMap,
     io,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Weak},
     time::{Duration, Instant},
 };
 
 use parking_lot::Mutex;
-use serde_json::json;
-use tokio::net::UnixStream;
 
 use super::{
-    command::{AGENT_SOCKET, Machine, QMP_SOCKET, Role},
-    failed,
-    memory::{self, Mapping},
+    Backend, Image, Role, Shared, failed,
     process::{Priority, Process},
-    qmp::Qmp,
     record,
 };
 use crate::engine::EngineError;
 
-/// How long a QEMU may take from its start to its first answer. Seen: 0.03 s idle, 0.4 s on a crowded machine.
-const START_LIMIT: Duration = Duration::from_secs(20);
 const KILL_LIMIT: Duration = Duration::from_secs(5);
 
 /// How many processes wait.
@@ -45,56 +38,33 @@ impl Default for PoolConfig {
     }
 }
 
-/// A QEMU that waits for state.
-pub(super) struct Ready {
+/// A process and the connection to it.
+pub(super) struct Ready<B: Backend> {
     pub process: Process,
-    pub qmp: Qmp,
-    pub agent: UnixStream,
-    pub mapping: Mapping,
+    pub vmm: B::Vmm,
 }
 
-impl Ready {
+impl<B: Backend> Ready<B> {
     async fn end(self) {
         self.process.kill(KILL_LIMIT).await;
         self.process.remove_dir();
     }
 }
 
-/// Starts processes.
-#[derive(Debug, Clone)]
-pub(super) struct Launcher {
-    pub qemu: PathBuf,
-    pub run_dir: PathBuf,
-}
-
-impl Launcher {
-    /// A process and its connections.
-    pub async fn start(&self, machine: Machine, memory: &Path, role: Role<'_>, priority: Priority) -> Result<Ready, EngineError> {
-        let arguments = |dir: &Path| machine.arguments(dir, memory, role);
-        let process = Process::start(&self.qemu, &self.run_dir, arguments, priority).map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound => EngineError::Host { what: format!("{} is not there; install qemu-system-x86", self.qemu.display()) },
-            _ => failed(format!("starting {}", self.qemu.display()), error),
-        })?;
-        let process = KillOnDrop::new(process);
-        let (qmp, agent, mapping) = self.connect(process.get(), memory, role, priority).await?;
-        Ok(Ready { process: process.keep(), qmp, agent, mapping })
+/// Starts a process and connects to it.
+pub(super) async fn start<B: Backend>(shared: &Shared<B>, role: &Role, priority: Priority) -> Result<Ready<B>, EngineError> {
+    let (program, mend) = shared.backend.program();
+    let arguments = |dir: &Path| shared.backend.arguments(dir, role);
+    let process = Process::start(program, &shared.common.run_dir, arguments, priority).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => EngineError::Host { what: format!("{} is not there; {mend}", program.display()) },
+        _ => failed(format!("starting {}", program.display()), error),
+    })?;
+    let process = KillOnDrop::new(process);
+    let vmm = shared.backend.connect(process.get(), role).await?;
+    if priority == Priority::Low && !process.get().raise_priority() {
+        tracing::debug!(pid = process.get().pid(), "a ready process keeps its low priority: raising it takes CAP_SYS_NICE");
     }
-
-    async fn connect(&self, process: &Process, memory: &Path, role: Role<'_>, priority: Priority) -> Result<(Qmp, UnixStream, Mapping), EngineError> {
-        let told = |error: io::Error| failed(format!("connecting to QEMU (it said: {})", process.output_tail()), error);
-        let qmp = process.connect(QMP_SOCKET, START_LIMIT).await.map_err(told)?;
-        let qmp = Qmp::start(qmp, START_LIMIT).await.map_err(|error| failed(format!("talking to QEMU (it said: {})", process.output_tail()), error))?;
-        let agent = process.connect(AGENT_SOCKET, START_LIMIT).await.map_err(told)?;
-        if matches!(role, Role::Clone) {
-            let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
-            qmp.execute("migrate-set-capabilities", events, START_LIMIT).await.map_err(|error| failed("preparing QEMU for a restore", error))?;
-        }
-        let mapping = memory::find_mapping(process.pid(), memory).map_err(|error| failed("finding the guest's memory in QEMU", error))?;
-        if priority == Priority::Low && !process.raise_priority() {
-            tracing::debug!(pid = process.pid(), "a ready process keeps its low priority: raising it takes CAP_SYS_NICE");
-        }
-        Ok((qmp, agent, mapping))
-    }
+    Ok(Ready { process: process.keep(), vmm })
 }
 
 /// Ends a process unless it is kept, also when a future is dropped.
@@ -130,52 +100,48 @@ impl Drop for KillOnDrop {
     }
 }
 
-struct Shelf {
-    machine: Machine,
-    memory: PathBuf,
-    ready: Vec<Ready>,
+struct Shelf<B: Backend> {
+    image: Arc<Image>,
+    ready: Vec<Ready<B>>,
     used: Instant,
 }
 
-#[derive(Default)]
-struct State {
-    shelves: HashMap<PathBuf, Shelf>,
+struct State<B: Backend> {
+    shelves: HashMap<PathBuf, Shelf<B>>,
     closed: bool,
 }
 
-impl State {
+impl<B: Backend> State<B> {
     fn count(&self) -> usize {
         self.shelves.values().map(|shelf| shelf.ready.len()).sum()
     }
 }
 
 /// All ready processes.
-pub(super) struct Pool {
+pub(super) struct Pool<B: Backend> {
     config: PoolConfig,
-    launcher: Launcher,
-    state: Mutex<State>,
+    /// What the pool is a part of.
+    shared: Weak<Shared<B>>,
+    state: Mutex<State<B>>,
     /// One refill at a time.
     refilling: tokio::sync::Mutex<()>,
 }
 
-impl Pool {
-    pub fn new(config: PoolConfig, launcher: Launcher) -> Arc<Self> {
-        Arc::new(Self { config, launcher, state: Mutex::default(), refilling: tokio::sync::Mutex::new(()) })
-    }
-
-    pub fn launcher(&self) -> &Launcher {
-        &self.launcher
+impl<B: Backend> Pool<B> {
+    pub fn new(config: PoolConfig, shared: Weak<Shared<B>>) -> Arc<Self> {
+        let state = State { shelves: HashMap::new(), closed: false };
+        Arc::new(Self { config, shared, state: Mutex::new(state), refilling: tokio::sync::Mutex::new(()) })
     }
 
     /// One that is ready now, if any.
-    pub fn take(&self, image_dir: &Path) -> Option<Ready> {
+    pub fn take(&self, image_dir: &Path) -> Option<Ready<B>> {
         let mut state = self.state.lock();
         let shelf = state.shelves.get_mut(image_dir)?;
         while let Some(ready) = shelf.ready.pop() {
             if ready.process.is_alive() {
                 return Some(ready);
             }
-            tracing::warn!(dir = %ready.process.dir().display(), output = ready.process.output_tail(), "a ready QEMU process had ended");
+            tracing::warn!(dir = %ready.process.dir().display(), output = ready.process.output_tail(), "a ready VMM process had ended");
             ready.process.remove_dir();
         }
         None
@@ -188,16 +154,16 @@ impl Pool {
     }
 
     /// Fills up for this image, in the background.
-    pub fn refill(self: &Arc<Self>, image_dir: &Path, machine: Machine, memory: &Path) {
+    pub fn refill(self: &Arc<Self>, image: &Arc<Image>) {
         {
             let mut state = self.state.lock();
             if state.closed || self.config.per_image == 0 || self.config.total == 0 {
                 return;
             }
-            let fresh = || Shelf { machine, memory: memory.to_owned(), ready: Vec::new(), used: Instant::now() };
-            state.shelves.entry(image_dir.to_owned()).or_insert_with(fresh).used = Instant::now();
+            let fresh = || Shelf { image: image.clone(), ready: Vec::new(), used: Instant::now() };
+            state.shelves.entry(image.dir.clone()).or_insert_with(fresh).used = Instant::now();
         }
-        let (pool, image_dir) = (self.clone(), image_dir.to_owned());
+        let (pool, image_dir) = (self.clone(), image.dir.clone());
         // Ends by itself when the shelf is full, the image fails, or the pool is closed.
         tokio::spawn(async move {
             let _one = pool.refilling.lock().await;
@@ -207,13 +173,14 @@ impl Pool {
 
     /// `false`: there is nothing more to do.
     async fn add_one(&self, image_dir: &Path) -> bool {
+        let Some(shared) = self.shared.upgrade() else { return false };
         let (wanted, surplus) = {
             let mut state = self.state.lock();
             let Some(shelf) = state.shelves.get(image_dir).filter(|_| !state.closed) else { return false };
             if shelf.ready.len() >= self.config.per_image {
                 return false;
             }
-            let wanted = (shelf.machine, shelf.memory.clone());
+            let wanted = Role::Clone(shelf.image.clone());
             let surplus = if state.count() < self.config.total { None } else { self.evict(&mut state, image_dir) };
             if surplus.is_none() && state.count() >= self.config.total {
                 return false;
@@ -223,8 +190,7 @@ impl Pool {
         if let Some(surplus) = surplus {
             surplus.end().await;
         }
-        let (machine, memory) = wanted;
-        let started = self.launcher.start(machine, &memory, Role::Clone, Priority::Low).await;
+        let started = start(&shared, &wanted, Priority::Low).await;
         let unwanted = {
             let mut state = self.state.lock();
             let closed = state.closed;
@@ -249,7 +215,7 @@ impl Pool {
     }
 
     /// Takes a process from the image that was not used for the longest time.
-    fn evict(&self, state: &mut State, but: &Path) -> Option<Ready> {
+    fn evict(&self, state: &mut State<B>, but: &Path) -> Option<Ready<B>> {
         let others = state.shelves.iter_mut().filter(|(dir, shelf)| *dir != but && !shelf.ready.is_empty());
         let (dir, shelf) = others.min_by_key(|(_, shelf)| shelf.used)?;
         let (dir, evicted) = (dir.clone(), shelf.ready.pop());

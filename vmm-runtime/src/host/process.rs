@@ -1,4 +1,4 @@
-//! One QEMU process: started so that it outlives `serve`, known by more than its number, ended for certain.
+//! One VMM process: started so that it outlives `serve`, known by more than its number, ended for certain.
 //!
 //! Owns: the process's own directory under the run directory (sockets, stdio, nothing of value), and the identity by
 //! which a later `serve` finds it: process number and start time, and a command line that names that directory. A number
@@ -24,10 +24,8 @@ use rustix::{
 use serde::{Deserialize, Serialize};
 use tokio::{io::unix::AsyncFd, net::UnixStream};
 
-use super::command::name_argument;
-
-const OUTPUT: &str = "qemu.log";
-/// How much of QEMU's own output is quoted.
+const OUTPUT: &str = "vmm.log";
+/// How much of its own output is quoted.
 const TAIL_BYTES: u64 = 2048;
 /// Between two looks at whether a socket is there yet.
 const LOOK_EVERY: Duration = Duration::from_millis(1);
@@ -79,6 +77,12 @@ const fn field(n: usize) -> usize {
 
 fn start_time(pid: i32) -> io::Result<u64> {
     stat_fields(pid)?.get(field(22)).copied().ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+/// The argument by which a process of ours is known in `/proc/<pid>/cmdline`. Commas are doubled because QEMU would take
+/// them for the ends of options.
+pub fn name_argument(process_dir: &Path) -> String {
+    format!("dormouse:{}", process_dir.display().to_string().replace(',', ",,"))
 }
 
 /// Whether the process's command line carries our name for that directory.
@@ -204,7 +208,7 @@ impl Process {
         if let Err(error) = rustix::process::pidfd_send_signal(self.pidfd.get_ref().as_fd(), Signal::KILL)
             && error != rustix::io::Errno::SRCH
         {
-            tracing::error!(pid = self.identity.pid, %error, "a QEMU process cannot be killed");
+            tracing::error!(pid = self.identity.pid, %error, "a VMM process cannot be killed");
         }
     }
 
@@ -212,7 +216,7 @@ impl Process {
     pub async fn kill(&self, limit: Duration) {
         self.signal_kill();
         if tokio::time::timeout(limit, self.ended()).await.is_err() {
-            tracing::error!(pid = self.identity.pid, ?limit, "a killed QEMU process does not end; is its disk stuck?");
+            tracing::error!(pid = self.identity.pid, ?limit, "a killed VMM process does not end; is its disk stuck?");
         }
     }
 
@@ -220,7 +224,7 @@ impl Process {
     pub fn remove_dir(&self) {
         match fs::remove_dir_all(&self.identity.dir) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                tracing::warn!(dir = %self.identity.dir.display(), %error, "the directory of an ended QEMU process cannot be removed");
+                tracing::warn!(dir = %self.identity.dir.display(), %error, "the directory of an ended VMM process cannot be removed");
             }
             _ => {}
         }
@@ -232,17 +236,22 @@ impl Process {
         Pid::from_raw(self.identity.pid).is_some_and(|pid| rustix::process::setpriority_pgrp(Some(pid), 0).is_ok())
     }
 
-    /// Connects to a socket in its directory as soon as it is there. The detour through `/proc/self/fd` keeps the path
-    /// short: a socket address holds 108 bytes, a data directory may be longer.
+    /// Connects to a stream socket in its directory as soon as it is there.
     pub async fn connect(&self, socket: &str, limit: Duration) -> io::Result<UnixStream> {
-        let path = format!("/proc/self/fd/{}/{socket}", self.dir_fd.as_raw_fd());
+        self.connect_with(socket, limit, UnixStream::connect).await
+    }
+
+    /// Connects, in a way of the caller's, to a socket in its directory as soon as it is there. The detour through
+    /// `/proc/self/fd` keeps the path short: a socket address holds 108 bytes, a data directory may be longer.
+    pub async fn connect_with<S, F: Future<Output = io::Result<S>>>(&self, socket: &str, limit: Duration, connect: impl Fn(PathBuf) -> F) -> io::Result<S> {
+        let path = PathBuf::from(format!("/proc/self/fd/{}/{socket}", self.dir_fd.as_raw_fd()));
         let deadline = Instant::now() + limit;
         loop {
-            match UnixStream::connect(&path).await {
+            match connect(path.clone()).await {
                 Ok(stream) => return Ok(stream),
                 Err(error) if !matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => return Err(error),
                 Err(error) if Instant::now() >= deadline => return Err(error),
-                Err(_) if !self.is_alive() => return Err(io::Error::other(format!("QEMU ended at its start: {}", self.output_tail()))),
+                Err(_) if !self.is_alive() => return Err(io::Error::other(format!("the VMM ended at its start: {}", self.output_tail()))),
                 Err(_) => tokio::time::sleep(LOOK_EVERY).await,
             }
         }

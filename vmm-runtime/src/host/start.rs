@@ -6,8 +6,7 @@
 use std::{
     collections::BTreeMap,
     fs::{self, File},
-    io::{self, Read, Write},
-    os::fd::AsFd,
+    io::{self, Read},
     path::Path,
     sync::Arc,
     time::{Duration, SystemTime},
@@ -18,38 +17,25 @@ use protocol::{
     agent::{Reply, Request, Restored},
     link::{AgentLink, Attach, LinkError},
 };
-use rustix::fs::MemfdFlags;
-use serde_json::json;
-use tokio::{
-    net::UnixStream,
-    sync::{broadcast::error::RecvError, watch},
-};
+use vmm_protocol::memdiff::Reader;
 
 use super::{
-    Shared, Stopwatch,
+    Backend, Image, Layers, Load, Role, Shared, Stopwatch,
     applog::AppLog,
-    bad_snapshot, blocking,
-    command::{Machine, Role},
-    committed,
-    disk::{self, Layers},
-    failed, generation_dir, generations,
-    image::{self, BOOT_MEMORY, Image},
-    memory::{self, Mapping},
-    pool::{KillOnDrop, Ready},
-    process::{Priority, Process},
-    qmp::{Qmp, QmpError},
+    blocking, failed,
+    image::{self, BOOT_MEMORY},
+    pool::{self, KillOnDrop, Ready},
+    process::{Identity, Priority, Process},
     record::{self, Record, Stage},
-    vm::{Core, Kind, Life, QemuVm, console_tail},
+    snapshots,
+    vm::{Core, Kind, Life, ProcessVm, console_tail},
+    vmm_exit,
 };
 use crate::{
     engine::{BootSpec, EngineError, Exit, LaunchSpec, RestoreSpec, Started},
-    snapshot::manifest::{MicrovmManifest, Part},
+    snapshot::manifest::Part,
 };
-use vmm_protocol::memdiff::{DiffError, PAGE, Reader};
 
-const MIB: u64 = 1 << 20;
-/// Under this name QEMU keeps the descriptor that the state is read from.
-const STATE_FD: &str = "state";
 /// Bytes of entropy in a [`Restored`].
 const ENTROPY_BYTES: usize = 64;
 
@@ -59,94 +45,89 @@ pub(super) fn new_link(microvm_dir: &Path) -> Arc<AgentLink> {
     AgentLink::new(Box::new(move |output| log.append(output)))
 }
 
-/// A process on its way to a running guest.
-struct Starting {
-    process: KillOnDrop,
-    qmp: Qmp,
-    agent: UnixStream,
-    mapping: Mapping,
-}
-
-impl From<Ready> for Starting {
-    fn from(Ready { process, qmp, agent, mapping }: Ready) -> Self {
-        Self { process: KillOnDrop::new(process), qmp, agent, mapping }
-    }
-}
-
 /// What an error of the channel to the agent means.
-async fn link_failed(process: &Process, qmp: &Qmp, step: &'static str, limit: Duration, error: LinkError) -> EngineError {
+async fn link_failed<B: Backend>(backend: &B, process: &Process, vmm: &B::Vmm, step: &'static str, limit: Duration, error: LinkError) -> EngineError {
     if !process.is_alive() {
-        return EngineError::Ended { step, exit: Exit::Vmm { detail: format!("QEMU's output: {}", process.output_tail()) } };
+        return EngineError::Ended { step, exit: vmm_exit(process, "the VMM ended") };
     }
-    let detail = console_tail(qmp).await;
+    let detail = console_tail(backend, vmm).await;
     match error {
         LinkError::Timeout(_) => EngineError::GuestTimeout { step, limit, detail },
         error => failed(format!("{step}: the guest's part{detail}"), error),
     }
 }
 
-fn qmp_failed(process: &Process, doing: &'static str, error: QmpError) -> EngineError {
-    if process.is_alive() { failed(doing, error) } else { failed(format!("{doing} (QEMU ended: {})", process.output_tail()), error) }
-}
-
-fn assemble(shared: &Arc<Shared>, kind: Kind, dir: &Path, process: Process, qmp: Qmp, mapping: Mapping, link: Arc<AgentLink>) -> Arc<QemuVm> {
-    QemuVm::new(Core {
-        shared: shared.clone(),
-        kind,
-        dir: dir.to_owned(),
-        process,
-        qmp,
-        link,
-        mapping,
-        life: watch::Sender::new(Life::Running),
-        handed_over: false.into(),
-        operation: tokio::sync::Mutex::new(()),
-        last_usage: Default::default(),
-    })
+/// Connects to the agent of a guest that runs, and shakes hands.
+pub(super) async fn attach<B: Backend>(
+    backend: &B,
+    process: &Process,
+    vmm: &B::Vmm,
+    link: &Arc<AgentLink>,
+    how: impl FnOnce() -> io::Result<Attach>,
+    limit: Duration,
+    step: &'static str,
+) -> Result<(), EngineError> {
+    let attached = async {
+        let agent = backend.agent(process, vmm).await.map_err(|error| failed(format!("{step}: connecting to the guest agent"), error))?;
+        let how = how().map_err(|error| failed("reading /dev/urandom", error))?;
+        Ok(link.attach(agent, how, limit).await)
+    };
+    tokio::select! {
+        // An attachment that has come about counts; an end is noticed again.
+        biased;
+        attached = tokio::time::timeout(limit, attached) => match attached {
+            Ok(Ok(Ok(()))) => Ok(()),
+            Ok(Ok(Err(error))) => Err(link_failed(backend, process, vmm, step, limit, error).await),
+            Ok(Err(error)) if process.is_alive() => Err(error),
+            Ok(Err(_)) => Err(EngineError::Ended { step, exit: vmm_exit(process, "the VMM ended") }),
+            Err(_late) => Err(link_failed(backend, process, vmm, step, limit, LinkError::Timeout(limit)).await),
+        },
+        how = backend.stopped(vmm) => Err(EngineError::Ended { step, exit: Exit::Vmm { detail: format!("{how}{}", console_tail(backend, vmm).await) } }),
+        () = process.ended() => Err(EngineError::Ended { step, exit: vmm_exit(process, "the VMM ended") }),
+    }
 }
 
 /// See `Engine::boot`.
-pub(super) async fn boot(shared: &Arc<Shared>, spec: BootSpec) -> Result<Arc<QemuVm>, EngineError> {
-    let config = &shared.config;
-    for (what, path) in [("guest kernel", &config.kernel), ("guest initramfs", &config.initrd)] {
+pub(super) async fn boot<B: Backend>(shared: &Arc<Shared<B>>, spec: BootSpec) -> Result<Arc<ProcessVm<B>>, EngineError> {
+    let (common, backend) = (&shared.common, &shared.backend);
+    for (what, path) in [("guest kernel", &common.kernel), ("guest initramfs", &common.initrd)] {
         if let Err(error) = fs::metadata(path) {
             return Err(EngineError::Host { what: format!("the {what} {} cannot be used: {error}", path.display()) });
         }
     }
-    let machine = Machine { accel: config.accel, shape: spec.shape };
-    let role = Role::Boot { kernel: &config.kernel, initrd: &config.initrd, root_disk: &spec.root_disk };
-    let ready = shared.pool.launcher().start(machine, &spec.dir.join(BOOT_MEMORY), role, Priority::Normal).await?;
-    let Starting { process, qmp, agent, mapping } = ready.into();
+    let role = Role::Boot { shape: spec.shape, memory: spec.dir.join(BOOT_MEMORY), root_disk: spec.root_disk.clone() };
+    let Ready { process, vmm } = pool::start(shared, &role, Priority::Normal).await?;
+    let process = KillOnDrop::new(process);
     let link = new_link(&spec.dir);
-    if let Err(error) = link.attach(agent, Attach::Boot, config.limits.boot).await {
-        return Err(link_failed(process.get(), &qmp, "boot to its agent", config.limits.boot, error).await);
-    }
+    attach(backend, process.get(), &vmm, &link, || Ok(Attach::Boot), common.limits.boot, "boot to its agent").await?;
     let exposed = spec.app.exposed.clone();
-    match link.call(Request::Start(spec.app), config.limits.start_app).await {
+    match link.call(Request::Start(spec.app), common.limits.start_app).await {
         Ok(Reply::Done) => {}
         Ok(other) => return Err(failed("starting the app", format!("the guest agent answered {other:?}"))),
-        Err(error) => return Err(link_failed(process.get(), &qmp, "start the app", config.limits.start_app, error).await),
+        Err(error) => return Err(link_failed(backend, process.get(), &vmm, "start the app", common.limits.start_app, error).await),
     }
-    let kind = Kind::Build { root_disk: spec.root_disk, machine, exposed };
-    Ok(assemble(shared, kind, &spec.dir, process.keep(), qmp, mapping, link))
+    let kind = Kind::Build { root_disk: spec.root_disk, shape: spec.shape, exposed };
+    Ok(ProcessVm::new(Core::new(shared, kind, spec.dir, process.keep(), vmm, link)))
 }
 
 /// A clone that is about to run, whatever it is cloned from.
-struct Clone<'a> {
-    shared: &'a Arc<Shared>,
+struct Clone<'a, B: Backend> {
+    shared: &'a Arc<Shared<B>>,
     id: MicrovmId,
     dir: &'a Path,
     image: Arc<Image>,
     generation: Generation,
     identity: BTreeMap<String, String>,
     sealed_layers: Vec<Part>,
+    snapshot_dir: &'a Path,
     state: Vec<u8>,
     difference: Option<Reader<File>>,
     link: Arc<AgentLink>,
+    predecessor: Option<&'a Core<B>>,
 }
 
 /// See `Engine::launch`.
-pub(super) async fn launch(shared: &Arc<Shared>, spec: LaunchSpec) -> Result<Started, EngineError> {
+pub(super) async fn launch<B: Backend>(shared: &Arc<Shared<B>>, spec: LaunchSpec) -> Result<Started, EngineError> {
     let mut watch = Stopwatch::start();
     let image = image::load(shared, &spec.image_dir).await?;
     let state = image::read_state(&image.dir, &image.manifest.state)?;
@@ -160,25 +141,28 @@ pub(super) async fn launch(shared: &Arc<Shared>, spec: LaunchSpec) -> Result<Sta
         generation: Generation(0),
         identity: spec.identity,
         sealed_layers: Vec::new(),
+        snapshot_dir: &image.dir,
         state,
         difference: None,
         link,
+        predecessor: None,
     };
     let started = clone.start(&mut watch).await;
-    image.refill(shared);
+    shared.pool.refill(&image);
     Ok(Started { vm: started?, phases: watch.phases })
 }
 
 /// See `Engine::restore`.
-pub(super) async fn restore(shared: &Arc<Shared>, spec: RestoreSpec) -> Result<Started, EngineError> {
+pub(super) async fn restore<B: Backend>(shared: &Arc<Shared<B>>, spec: RestoreSpec) -> Result<Started, EngineError> {
     let mut watch = Stopwatch::start();
     let image = image::load(shared, &spec.image_dir).await?;
-    let (manifest, state, difference) = blocking({
+    let opened = blocking({
         let (shared, image, dir, id, generation) = (shared.clone(), image.clone(), spec.dir.clone(), spec.id, spec.generation);
-        move || open_snapshot(&shared, &image, &dir, id, generation)
+        move || snapshots::open(&shared, &image, &dir, id, generation)
     })
     .await?;
-    let predecessor = spec.predecessor.as_ref().and_then(|vm| vm.as_any().downcast_ref::<QemuVm>()).map(QemuVm::core);
+    let manifest = opened.manifest;
+    let predecessor = spec.predecessor.as_ref().and_then(|vm| vm.as_any().downcast_ref::<ProcessVm<B>>()).map(ProcessVm::core);
     // Streams are parked for the snapshot that this very `Vm` wrote, and fit no other.
     let predecessor = predecessor.filter(|core| {
         let wrote_it = matches!(&core.kind, Kind::Microvm { id, generation, .. } if (*id, *generation) == (manifest.id, manifest.record.generation));
@@ -196,12 +180,14 @@ pub(super) async fn restore(shared: &Arc<Shared>, spec: RestoreSpec) -> Result<S
         generation: spec.generation,
         identity: spec.identity,
         sealed_layers: manifest.layers,
-        state,
-        difference: Some(difference),
+        snapshot_dir: &opened.dir,
+        state: opened.state,
+        difference: Some(opened.difference),
         link,
+        predecessor: predecessor.map(|core| &**core),
     };
     let started = clone.start(&mut watch).await;
-    image.refill(shared);
+    shared.pool.refill(&image);
     let vm = started?;
     if let Some(core) = predecessor {
         core.handed_over.store(true, std::sync::atomic::Ordering::Release);
@@ -209,70 +195,30 @@ pub(super) async fn restore(shared: &Arc<Shared>, spec: RestoreSpec) -> Result<S
     // The snapshot has proved itself; older ones, and layers that only they name, are not needed any more.
     let (dir, generation) = (spec.dir, spec.generation);
     tokio::task::spawn_blocking(move || {
-        if let Err(error) = remove_older(&dir, snapshot_generation, generation, &layer_names) {
+        if let Err(error) = snapshots::remove_older(&dir, snapshot_generation, generation, &layer_names) {
             tracing::warn!(dir = %dir.display(), %error, "an old snapshot cannot be removed");
         }
     });
     Ok(Started { vm, phases: watch.phases })
 }
 
-fn remove_older(dir: &Path, snapshot: Generation, running: Generation, layers: &[String]) -> io::Result<()> {
-    for older in generations(dir)?.into_iter().filter(|generation| *generation < snapshot) {
-        fs::remove_dir_all(generation_dir(dir, older))?;
-    }
-    disk::remove_older(dir, running, layers)
-}
-
-/// Checks all of a snapshot but the pages of its difference, which are checked as they are read.
-fn open_snapshot(
-    shared: &Shared,
-    image: &Image,
-    microvm_dir: &Path,
-    id: MicrovmId,
-    generation: Generation,
-) -> Result<(MicrovmManifest, Vec<u8>, Reader<File>), EngineError> {
-    let found = committed(microvm_dir)?.ok_or_else(|| bad_snapshot(microvm_dir, "there is none"))?;
-    let (dir, manifest) = (found.dir, found.manifest);
-    let bad = |why: String| bad_snapshot(&dir, why);
-    if manifest.id != id {
-        return Err(bad(format!("it is that of {}", manifest.id)));
-    }
-    if manifest.record.generation >= generation {
-        return Err(bad(format!("it is of generation {}, and generation {generation} was to follow it", manifest.record.generation)));
-    }
-    if manifest.image_crc32 != image.crc32 {
-        return Err(bad(format!("it was made over another image than the one in {}", image.dir.display())));
-    }
-    manifest.fingerprint.check(&shared.fingerprint(&image.machine)).map_err(bad)?;
-    let state = image::read_state(&dir, &manifest.state)?;
-    disk::check(microvm_dir, &manifest.layers).map_err(bad)?;
-    let file = File::open(dir.join(&manifest.memory.file)).map_err(|error| bad(format!("{} cannot be opened: {error}", manifest.memory.file)))?;
-    let pages = u64::from(image.machine.shape.memory_mib) * MIB / PAGE as u64;
-    let difference = Reader::open(file, pages).map_err(|error| bad(error.to_string()))?;
-    if Some(difference.header_crc32()) != manifest.memory.crc32 {
-        return Err(bad(format!("{} is not the one that its manifest names", manifest.memory.file)));
-    }
-    Ok((manifest, state, difference))
-}
-
-impl Clone<'_> {
-    async fn start(self, watch: &mut Stopwatch) -> Result<Arc<QemuVm>, EngineError> {
-        let limits = &self.shared.config.limits;
-        let starting: Starting = match self.shared.pool.take(&self.image.dir) {
+impl<B: Backend> Clone<'_, B> {
+    async fn start(self, watch: &mut Stopwatch) -> Result<Arc<ProcessVm<B>>, EngineError> {
+        let (backend, limits) = (&self.shared.backend, &self.shared.common.limits);
+        let Ready { process, vmm } = match self.shared.pool.take(&self.image.dir) {
             Some(ready) => {
                 watch.lap("process (ready)");
-                ready.into()
+                ready
             }
             None => {
-                let launcher = self.shared.pool.launcher();
-                let ready = launcher.start(self.image.machine, &self.image.memory(), Role::Clone, Priority::Normal).await?;
+                let ready = pool::start(self.shared, &Role::Clone(self.image.clone()), Priority::Normal).await?;
                 watch.lap("process (started)");
-                ready.into()
+                ready
             }
         };
-        let Starting { mut process, qmp, agent, mapping } = starting;
+        let mut process = KillOnDrop::new(process);
 
-        let record = |stage, identity: &super::process::Identity| Record {
+        let record = |stage, identity: &Identity| Record {
             identity: identity.clone(),
             generation: self.generation,
             stage,
@@ -283,34 +229,23 @@ impl Clone<'_> {
         record::write(self.id, self.dir, &record(Stage::Starting, &identity)).map_err(recording)?;
         process.recorded_in = Some(self.dir.to_owned());
 
-        let layers = async {
-            let layers = Layers::create(self.dir, &self.image.disk(), self.sealed_layers.clone(), self.generation)
-                .map_err(|error| failed(format!("creating a disk layer in {}", self.dir.display()), error))?;
-            layers.plug(&qmp).await.map_err(|error| qmp_failed(process.get(), "plugging the disk", error))?;
-            Ok(layers)
+        let layers = Layers::create(self.dir, B::LAYER_FILES, self.sealed_layers.clone(), self.generation)
+            .map_err(|error| failed(format!("creating a disk layer in {}", self.dir.display()), error))?;
+        let saved = Load {
+            dir: self.snapshot_dir,
+            image: &self.image,
+            layers: &layers,
+            state: &self.state,
+            difference: self.difference,
+            predecessor: self.predecessor.map(|core| &core.vmm),
         };
-        let (pid, memory, to_wipe) = (process.get().pid(), mapping.clone(), self.difference);
-        let memory = async {
-            let Some(mut difference) = to_wipe else { return Ok(()) };
-            blocking(move || memory::apply_difference(pid, &memory, &mut difference)).await.map_err(|error| match error {
-                DiffError::Damaged(_) | DiffError::OtherSize { .. } => bad_snapshot(self.dir, error.to_string()),
-                error => failed("putting the saved memory into the guest", error),
-            })
-        };
-        let (layers, ()) = tokio::try_join!(layers, memory)?;
-        watch.lap("memory and disk");
-
-        load_state(&qmp, &self.state, limits.state).await.map_err(|error| qmp_failed(process.get(), "loading device state", error))?;
-        watch.lap("devices");
-
-        let restored = restored(self.generation, self.identity).map_err(|error| failed("reading /dev/urandom", error))?;
-        qmp.execute("cont", json!({}), limits.command).await.map_err(|error| qmp_failed(process.get(), "letting the guest run", error))?;
-        if let Err(error) = self.link.attach(agent, Attach::Restored(restored), limits.attach).await {
-            return Err(link_failed(process.get(), &qmp, "answer after the restore", limits.attach, error).await);
-        }
+        backend.load(process.get(), &vmm, saved, watch).await?;
+        backend.run(process.get(), &vmm).await?;
+        let how = || Ok(Attach::Restored(restored(self.generation, self.identity)?));
+        attach(backend, process.get(), &vmm, &self.link, how, limits.attach, "answer after the restore").await?;
         record::write(self.id, self.dir, &record(Stage::Running, &identity)).map_err(recording)?;
         let kind = Kind::Microvm { id: self.id, generation: self.generation, image: self.image, layers: tokio::sync::Mutex::new(layers) };
-        let vm = assemble(self.shared, kind, self.dir, process.keep(), qmp, mapping, self.link);
+        let vm = ProcessVm::new(Core::new(self.shared, kind, self.dir.to_owned(), process.keep(), vmm, self.link));
         watch.lap("agent");
         Ok(vm)
     }
@@ -322,38 +257,4 @@ fn restored(generation: Generation, identity: BTreeMap<String, String>) -> io::R
     // A clock before 1970 is beyond repair; the guest's is then left at 1970, too.
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     Ok(Restored { realtime_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX), entropy: hex::encode(entropy), generation, identity })
-}
-
-/// Gives QEMU the state through a descriptor, so that what was checked is what is loaded, and waits until it is in.
-async fn load_state(qmp: &Qmp, state: &[u8], limit: Duration) -> Result<(), QmpError> {
-    let file = || -> io::Result<File> {
-        let mut file = File::from(rustix::fs::memfd_create("state", MemfdFlags::CLOEXEC)?);
-        file.write_all(state)?;
-        io::Seek::rewind(&mut file)?;
-        Ok(file)
-    };
-    let file = file().map_err(QmpError::Io)?;
-    let mut events = qmp.events();
-    qmp.execute_with_fd("getfd", json!({ "fdname": STATE_FD }), file.as_fd(), limit).await?;
-    qmp.execute("migrate-incoming", json!({ "uri": format!("fd:{STATE_FD}") }), limit).await?;
-    let loaded = async {
-        loop {
-            let event = tokio::select! {
-                event = events.recv() => event,
-                // QEMU ends when it cannot load a state.
-                () = qmp.closed() => return Err(QmpError::Closed),
-            };
-            match event {
-                Ok(event) if event.name == "MIGRATION" && event.data["status"] == "completed" => return Ok(()),
-                Ok(event) if event.name == "MIGRATION" && event.data["status"] == "failed" => {
-                    return Err(QmpError::Outcome("QEMU does not take the device state".to_owned()));
-                }
-                Ok(_) => {}
-                Err(RecvError::Lagged(_)) => return Err(QmpError::Outcome("QEMU said too much at once".to_owned())),
-                Err(RecvError::Closed) => return Err(QmpError::Closed),
-            }
-        }
-    };
-    let late = || QmpError::Timeout { command: "migrate-incoming".to_owned(), limit };
-    tokio::time::timeout(limit, loaded).await.unwrap_or_else(|_| Err(late()))
 }

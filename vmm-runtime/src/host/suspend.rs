@@ -7,30 +7,26 @@
 
 use std::{io, sync::Arc};
 
-use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Stopwatch, blocking, failed, generation_dir,
-    image::save_state,
-    memory::{self, WriteError},
+    Backend, Save, SavedParts, Stopwatch, blocking, failed, snapshots,
     vm::{Core, Kind, Life},
+    vmm_exit,
 };
 use crate::{
     engine::{EngineError, Phases, SnapshotRecord, SuspendOutcome},
     snapshot::{
         atomic::Staging,
-        manifest::{self, FORMAT, MicrovmManifest, Part},
+        manifest::{self, FORMAT, MicrovmManifest},
     },
 };
-use vmm_protocol::memdiff::Written;
 
-pub(super) const MEMORY: &str = "memory.diff";
 /// Kept free beyond what a snapshot needs, for everyone else on the disk.
 const SPARE_BYTES: u64 = 64 << 20;
 
 /// See `Vm::suspend`.
-pub(super) async fn suspend(core: Arc<Core>, cancel: CancellationToken) -> Result<SuspendOutcome, EngineError> {
+pub(super) async fn suspend<B: Backend>(core: Arc<Core<B>>, cancel: CancellationToken) -> Result<SuspendOutcome, EngineError> {
     let _one = core.operation.lock().await;
     core.ensure_running("suspend")?;
     let mut watch = Stopwatch::start();
@@ -67,12 +63,12 @@ pub(super) async fn suspend(core: Arc<Core>, cancel: CancellationToken) -> Resul
 }
 
 /// Lets a stopped guest go on. If that fails it has ended.
-async fn take_back(core: &Core) -> Result<(), EngineError> {
+async fn take_back<B: Backend>(core: &Core<B>) -> Result<(), EngineError> {
     const STEP: &str = "taking a suspend back";
-    let resumed = core.qmp.execute("cont", json!({}), core.limits().command).await;
+    let resumed = core.shared.backend.run(&core.process, &core.vmm).await;
     core.ensure_running(STEP)?;
     if let Err(error) = resumed {
-        let exit = core.vmm_exit(&format!("a stopped guest could not go on ({error})"));
+        let exit = vmm_exit(&core.process, &format!("a stopped guest could not go on ({error})"));
         core.end(Life::Exited(exit.clone()));
         core.process.kill(core.limits().kill).await;
         core.link.close();
@@ -87,64 +83,43 @@ async fn take_back(core: &Core) -> Result<(), EngineError> {
 }
 
 /// `Ok(None)`: cancelled; nothing was committed.
-async fn write(core: &Arc<Core>, cancel: &CancellationToken, watch: &mut Stopwatch) -> Result<Option<SnapshotRecord>, EngineError> {
+async fn write<B: Backend>(core: &Arc<Core<B>>, cancel: &CancellationToken, watch: &mut Stopwatch) -> Result<Option<SnapshotRecord>, EngineError> {
     let Kind::Microvm { id, generation, image, layers } = &core.kind else {
         return Err(EngineError::Host { what: "suspend a guest that was booted for an image".to_owned() });
     };
-    core.qmp.execute("stop", json!({}), core.limits().command).await.map_err(|error| core.qmp_failed("stopping the guest", error))?;
+    let backend = &core.shared.backend;
+    backend.pause(&core.process, &core.vmm).await?;
     watch.lap("stop");
     if cancel.is_cancelled() {
         return Ok(None);
     }
     let staging = Staging::create(&core.dir).map_err(|error| failed(format!("creating a directory in {}", core.dir.display()), error))?;
     ensure_space(core)?;
-    let state = save_state(core, &staging).await?;
-    watch.lap("devices");
     let mut layers = layers.lock().await;
-    match layers.merge(&core.qmp, cancel).await {
-        Ok(merged) if merged => watch.lap("merge"),
-        Ok(_) => {}
-        Err(error) if core.process.is_alive() => tracing::warn!(dir = %core.dir.display(), %error, "disk layers were not merged"),
-        Err(error) => return Err(core.qmp_failed("merging disk layers", error)),
-    }
-    if cancel.is_cancelled() {
-        return Ok(None);
-    }
-    let sealing = blocking({
+    let save = Save { dir: staging.path(), image, layers: &mut layers, cancel };
+    let Some(SavedParts { state, memory }) = backend.save_difference(&core.process, &core.vmm, save, watch).await? else { return Ok(None) };
+    let sealed = blocking({
         let layers = layers.clone();
         move || layers.seal()
     });
-    let difference = blocking({
-        let (core, image, cancel, to) = (core.clone(), image.clone(), cancel.clone(), staging.path().join(MEMORY));
-        move || memory::write_difference(core.process.pid(), &core.mapping, &image.memory(), &to, &cancel)
-    });
-    let (sealed, difference) = tokio::join!(sealing, difference);
-    let difference = match difference {
-        Ok(difference) => difference,
-        Err(WriteError::Cancelled) => return Ok(None),
-        Err(WriteError::Io { .. }) if !core.process.is_alive() => {
-            return Err(EngineError::Ended { step: "suspend", exit: core.vmm_exit("QEMU ended") });
-        }
-        Err(error) => return Err(failed("saving the guest's memory", error)),
-    };
-    let sealed = sealed.map_err(|error| failed("sealing the disk layer", error))?;
-    watch.lap("memory");
+    let sealed = sealed.await.map_err(|error| failed("sealing the disk layer", error))?;
+    watch.lap("disk");
     if cancel.is_cancelled() {
         return Ok(None);
     }
     core.ensure_running("suspend")?;
-    let record = SnapshotRecord { generation: *generation, memory_bytes: difference.bytes, disk_bytes: layers.allocated_bytes(), phases: Phases::new() };
+    let record = SnapshotRecord { generation: *generation, memory_bytes: memory.bytes, disk_bytes: layers.allocated_bytes(), phases: Phases::new() };
     let manifest = MicrovmManifest {
         format: FORMAT,
-        fingerprint: core.shared.fingerprint(&image.machine),
+        fingerprint: backend.fingerprint(image.shape()),
         id: *id,
         image_crc32: image.crc32,
         record: record.clone(),
         state,
-        memory: memory_part(&difference),
+        memory,
         layers: sealed,
     };
-    let to = generation_dir(&core.dir, *generation);
+    let to = snapshots::generation_dir(&core.dir, *generation);
     blocking(move || -> io::Result<()> {
         staging.write(manifest::FILE, &manifest::encode(&manifest).0)?;
         staging.commit(&to)
@@ -155,12 +130,8 @@ async fn write(core: &Arc<Core>, cancel: &CancellationToken, watch: &mut Stopwat
     Ok(Some(record))
 }
 
-fn memory_part(difference: &Written) -> Part {
-    Part { file: MEMORY.to_owned(), bytes: difference.bytes, crc32: Some(difference.header_crc32) }
-}
-
 /// A suspend that cannot fit is refused before it has filled the disk for others.
-fn ensure_space(core: &Core) -> Result<(), EngineError> {
+fn ensure_space<B: Backend>(core: &Core<B>) -> Result<(), EngineError> {
     let space = rustix::fs::statvfs(&core.dir).map_err(|error| failed(format!("looking for free space in {}", core.dir.display()), io::Error::from(error)))?;
     let free = space.f_bavail.saturating_mul(space.f_frsize);
     let wanted = core.process.private_bytes().unwrap_or(0).saturating_add(SPARE_BYTES);

@@ -1,41 +1,30 @@
-//! One QEMU with one guest.
+//! One VMM process with one guest.
 
 use std::{
     any::Any,
     path::PathBuf,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, Ordering},
     },
     time::Duration,
 };
 
 use async_trait::async_trait;
-use model::{Generation, MicrovmId, Port};
+use model::{Generation, MicrovmId, Port, Shape};
+use parking_lot::Mutex;
 use protocol::{
     agent::{Event, Reply, Request},
     link::{AgentLink, LinkError},
 };
-use serde_json::json;
-use tokio::sync::{broadcast, watch};
+use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use super::{
-    Limits, Shared,
-    command::{CONSOLE, Machine},
-    disk::Layers,
-    failed,
-    image::Image,
-    memory::Mapping,
-    process::Process,
-    qmp::{self, Qmp},
-    record, suspend,
-};
+use super::{Backend, Image, Layers, Limits, Shared, failed, process::Process, record, suspend, vmm_exit};
 use crate::engine::{DialError, EngineError, Exit, GuestStream, SuspendOutcome, Usage, Vm};
 
 /// Of the console, this much is quoted.
 const CONSOLE_TAIL_BYTES: usize = 2048;
-const CONSOLE_LIMIT: Duration = Duration::from_secs(1);
 /// What the answer to a readiness question may take on top of the guest's own waiting.
 const ANSWER_SLACK: Duration = Duration::from_secs(5);
 
@@ -52,38 +41,47 @@ pub(super) enum Life {
 /// What it is.
 pub(super) enum Kind {
     /// A guest booted for an image.
-    Build { root_disk: PathBuf, machine: Machine, exposed: Vec<Port> },
+    Build { root_disk: PathBuf, shape: Shape, exposed: Vec<Port> },
     /// A clone.
     Microvm { id: MicrovmId, generation: Generation, image: Arc<Image>, layers: tokio::sync::Mutex<Layers> },
 }
 
 /// Everything of it that tasks share.
-pub(super) struct Core {
-    pub shared: Arc<Shared>,
+pub(super) struct Core<B: Backend> {
+    pub shared: Arc<Shared<B>>,
     pub kind: Kind,
     pub dir: PathBuf,
     pub process: Process,
-    pub qmp: Qmp,
+    pub vmm: B::Vmm,
     pub link: Arc<AgentLink>,
-    pub mapping: Mapping,
     pub life: watch::Sender<Life>,
     /// The link goes on in a restored microVM and is no business of this one any more.
     pub handed_over: AtomicBool,
     /// One suspend or capture at a time.
     pub operation: tokio::sync::Mutex<()>,
-    pub last_usage: LastUsage,
+    /// Counters as they were when they could last be had.
+    last_usage: Mutex<Usage>,
 }
 
-/// Counters as they were when the process still lived.
-#[derive(Default)]
-pub(super) struct LastUsage {
-    cpu_micros: AtomicU64,
-    private_bytes: AtomicU64,
-}
+impl<B: Backend> Core<B> {
+    /// One that runs.
+    pub fn new(shared: &Arc<Shared<B>>, kind: Kind, dir: PathBuf, process: Process, vmm: B::Vmm, link: Arc<AgentLink>) -> Self {
+        Self {
+            shared: shared.clone(),
+            kind,
+            dir,
+            process,
+            vmm,
+            link,
+            life: watch::Sender::new(Life::Running),
+            handed_over: false.into(),
+            operation: tokio::sync::Mutex::new(()),
+            last_usage: Mutex::default(),
+        }
+    }
 
-impl Core {
     pub fn limits(&self) -> &Limits {
-        &self.shared.config.limits
+        &self.shared.common.limits
     }
 
     /// `false` if it had ended before.
@@ -106,14 +104,9 @@ impl Core {
         }
     }
 
-    /// How the process ended, for people.
-    pub fn vmm_exit(&self, what: &str) -> Exit {
-        Exit::Vmm { detail: format!("{what}; QEMU's output: {}", self.process.output_tail()) }
-    }
-
     /// The newest lines of the serial console, or nothing.
     pub async fn console_tail(&self) -> String {
-        console_tail(&self.qmp).await
+        console_tail(&self.shared.backend, &self.vmm).await
     }
 
     /// Freezes the app and silences the channel.
@@ -149,20 +142,18 @@ impl Core {
     }
 
     /// Waits for an end that nobody asked for, and says so; or for one that somebody asked for.
-    async fn watch(&self, mut events: broadcast::Receiver<qmp::Event>) {
+    async fn watch(&self) {
         let exit = tokio::select! {
             // An end that was asked for comes first; the app's own word goes before what its end does to the VMM.
             biased;
             () = self.over() => return,
             Event::AppExited { code } = self.link.event() => Exit::App { code },
-            () = self.process.ended() => self.vmm_exit("QEMU ended"),
-            () = guest_stopped(&mut events) => {
-                Exit::Vmm { detail: format!("the guest shut down or rebooted{}", self.console_tail().await) }
-            }
+            () = self.process.ended() => vmm_exit(&self.process, "the VMM ended"),
+            how = self.shared.backend.stopped(&self.vmm) => Exit::Vmm { detail: format!("{how}{}", self.console_tail().await) },
             () = self.link.lost() => {
                 // Usually the first sign of a dead process.
                 match tokio::time::timeout(Duration::from_secs(1), self.process.ended()).await {
-                    Ok(()) => self.vmm_exit("QEMU ended"),
+                    Ok(()) => vmm_exit(&self.process, "the VMM ended"),
                     Err(_) => Exit::Vmm { detail: format!("the channel to the guest agent broke{}", self.console_tail().await) },
                 }
             }
@@ -180,10 +171,8 @@ impl Core {
 }
 
 /// The newest lines of the serial console as the detail of an error: empty, or `: ` and the lines.
-pub(super) async fn console_tail(qmp: &Qmp) -> String {
-    let arguments = json!({ "device": CONSOLE, "size": super::command::CONSOLE_BYTES });
-    let Ok(text) = qmp.execute("ringbuf-read", arguments, CONSOLE_LIMIT).await else { return String::new() };
-    let text = text.as_str().unwrap_or_default();
+pub(super) async fn console_tail<B: Backend>(backend: &B, vmm: &B::Vmm) -> String {
+    let text = backend.console(vmm).await;
     let mut from = text.len().saturating_sub(CONSOLE_TAIL_BYTES);
     while !text.is_char_boundary(from) {
         from += 1;
@@ -192,45 +181,33 @@ pub(super) async fn console_tail(qmp: &Qmp) -> String {
     if lines.is_empty() { String::new() } else { format!(": {}", lines.join(" | ")) }
 }
 
-/// Returns when QEMU says that the guest will not run any more.
-async fn guest_stopped(events: &mut broadcast::Receiver<qmp::Event>) {
-    loop {
-        match events.recv().await {
-            Ok(event) if matches!(event.name.as_str(), "SHUTDOWN" | "GUEST_PANICKED") => return,
-            Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {}
-            // The connection is closed; the end of the process is noticed by itself.
-            Err(broadcast::error::RecvError::Closed) => std::future::pending().await,
-        }
-    }
-}
-
-/// A microVM of the `qemu` engine. Dropping it leaves the process running, to be adopted.
-pub struct QemuVm {
-    core: Arc<Core>,
+/// A microVM in a process of its own. Dropping it leaves the process running, to be adopted.
+pub struct ProcessVm<B: Backend> {
+    core: Arc<Core<B>>,
     /// Ends the watching.
     _watching: DropGuard,
 }
 
-impl QemuVm {
-    pub(super) fn new(core: Core) -> Arc<Self> {
+impl<B: Backend> ProcessVm<B> {
+    pub(super) fn new(core: Core<B>) -> Arc<Self> {
         let core = Arc::new(core);
         let stop = CancellationToken::new();
-        let (watched, stopped, events) = (core.clone(), stop.clone(), core.qmp.events());
+        let (watched, stopped) = (core.clone(), stop.clone());
         // Ends with the life it watches, or with this handle.
         tokio::spawn(async move {
             tokio::select! {
-                () = watched.watch(events) => {}
+                () = watched.watch() => {}
                 () = stopped.cancelled() => {}
             }
         });
         Arc::new(Self { core, _watching: stop.drop_guard() })
     }
 
-    pub(super) fn core(&self) -> &Arc<Core> {
+    pub(super) fn core(&self) -> &Arc<Core<B>> {
         &self.core
     }
 
-    /// Number of the QEMU process.
+    /// Number of the VMM process.
     pub fn pid(&self) -> i32 {
         self.core.process.pid()
     }
@@ -265,7 +242,7 @@ impl QemuVm {
     }
 }
 
-impl Drop for QemuVm {
+impl<B: Backend> Drop for ProcessVm<B> {
     fn drop(&mut self) {
         // The channel's tasks would keep it connected, and whoever adopts the process could not connect.
         if !self.core.handed_over.load(Ordering::Acquire) {
@@ -275,7 +252,7 @@ impl Drop for QemuVm {
 }
 
 #[async_trait]
-impl Vm for QemuVm {
+impl<B: Backend> Vm for ProcessVm<B> {
     async fn dial(&self, port: Port) -> Result<GuestStream, DialError> {
         match &*self.core.life.borrow() {
             Life::Running => {}
@@ -363,14 +340,12 @@ impl Vm for QemuVm {
     }
 
     async fn usage(&self) -> Usage {
-        let (process, last) = (&self.core.process, &self.core.last_usage);
-        if let Some(cpu_micros) = process.cpu_micros() {
-            last.cpu_micros.fetch_max(cpu_micros, Ordering::Relaxed);
+        let now = self.core.shared.backend.usage(&self.core.process, &self.core.vmm).await;
+        let mut last = self.core.last_usage.lock();
+        if let Some(now) = now {
+            *last = Usage { cpu_micros: now.cpu_micros.max(last.cpu_micros), ..now };
         }
-        if let Some(private_bytes) = process.private_bytes() {
-            last.private_bytes.store(private_bytes, Ordering::Relaxed);
-        }
-        Usage { cpu_micros: last.cpu_micros.load(Ordering::Relaxed), private_bytes: last.private_bytes.load(Ordering::Relaxed) }
+        *last
     }
 
     fn as_any(&self) -> &dyn Any {
