@@ -83,6 +83,14 @@ pub fn descriptor_of(event: &EventFd) -> BorrowedFd<'_> {
     unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }
 
+/// What [`VirtioDevice::read_config`] does for a device whose configuration space is `config`.
+pub fn read_config(config: &[u8], offset: u64, data: &mut [u8]) {
+    data.fill(0);
+    let rest = usize::try_from(offset).ok().and_then(|offset| config.get(offset..)).unwrap_or_default();
+    let len = rest.len().min(data.len());
+    data[..len].copy_from_slice(&rest[..len]);
+}
+
 /// How a device asks the event loop to call [`VirtioDevice::ready`]. Cheap to clone; usable from any thread.
 #[derive(Debug, Clone)]
 pub struct Watch {

@@ -213,7 +213,7 @@ impl MmioTransport {
             if within.checked_add(data.len() as u64).is_some_and(|end| end <= WINDOW_BYTES - CONFIG) {
                 self.device.read_config(within, data);
             }
-        } else if offset % 4 == 0 && data.len() == 4 {
+        } else if offset.is_multiple_of(4) && data.len() == 4 {
             data.copy_from_slice(&self.read_register(offset).to_le_bytes());
         }
     }
@@ -226,7 +226,7 @@ impl MmioTransport {
             if self.has(VIRTIO_CONFIG_S_DRIVER) && within.checked_add(data.len() as u64).is_some_and(|end| end <= WINDOW_BYTES - CONFIG) {
                 self.device.write_config(within, data);
             }
-        } else if offset % 4 == 0
+        } else if offset.is_multiple_of(4)
             && let Ok(value) = <[u8; 4]>::try_from(data)
         {
             self.write_register(offset, u32::from_le_bytes(value));
@@ -497,6 +497,7 @@ impl MmioTransport {
         }
         if added & VIRTIO_CONFIG_S_FAILED != 0 {
             self.status |= VIRTIO_CONFIG_S_FAILED;
+            self.stop();
             tracing::warn!(device = self.device.name(), "the guest's driver gave up on the device");
             return;
         }
@@ -559,7 +560,18 @@ impl MmioTransport {
         }
     }
 
+    /// Takes guest memory from the device.
+    fn stop(&mut self) {
+        if self.active {
+            self.device.reset();
+            self.active = false;
+        }
+    }
+
+    /// The driver broke a rule. The device is stopped here and now, not when the driver gets round to the reset: until then
+    /// nothing of it may wake the event loop.
     fn need_reset(&mut self) {
+        self.stop();
         self.status |= VIRTIO_CONFIG_S_NEEDS_RESET;
         // §2.1.2: only a driver that runs is told.
         if self.has(VIRTIO_CONFIG_S_DRIVER_OK) {
@@ -568,10 +580,7 @@ impl MmioTransport {
     }
 
     fn reset(&mut self) {
-        if self.active {
-            self.device.reset();
-            self.active = false;
-        }
+        self.stop();
         self.status = 0;
         self.driver_features = 0;
         self.device_features_select = 0;
