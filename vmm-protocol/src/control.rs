@@ -25,6 +25,10 @@ use crate::memdiff;
 
 /// Both ends must speak the same one: node and VMM are installed together.
 pub const VERSION: u32 = 1;
+/// Stands for everything of the virtual machine that shows in a snapshot without being written there: addresses, interrupt
+/// lines, device order, ACPI tables, which CPUID bits a guest is given. Whoever changes one of these adds one here, and
+/// older snapshots are refused instead of loaded into another machine.
+pub const MACHINE_LAYOUT: u32 = 1;
 /// Name of the control socket in the process's own directory.
 pub const CONTROL_SOCKET: &str = "control";
 /// Name of the vsock muxer's socket in the process's own directory: a client says `CONNECT <port>\n`, reads

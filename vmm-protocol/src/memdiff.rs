@@ -268,6 +268,11 @@ impl<R: Read + Seek> Reader<R> {
         self.header_crc32
     }
 
+    /// The file, at no particular position.
+    pub fn into_file(self) -> R {
+        self.file
+    }
+
     /// What it holds.
     pub fn runs(&self) -> &[Run] {
         &self.runs

@@ -148,6 +148,9 @@ pub trait Backend: Send + Sync + Sized + 'static {
     /// Returns how, when the VMM says that the guest will not run any more. Never, if it does not.
     async fn stopped(&self, vmm: &Self::Vmm) -> String;
 
+    /// Returns when nothing of a killed process touches a file any more.
+    async fn gone(&self, _vmm: &Self::Vmm) {}
+
     /// The newest output of the serial console; empty if it cannot be had soon.
     async fn console(&self, vmm: &Self::Vmm) -> String;
 

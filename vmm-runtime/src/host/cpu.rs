@@ -20,11 +20,6 @@ impl Cpu {
         line.and_then(|line| line.split_once(':')).map_or("unknown", |(_, value)| value.trim())
     }
 
-    /// Whether it has a feature.
-    pub fn has(&self, feature: &str) -> bool {
-        self.field("flags").split(' ').any(|flag| flag == feature)
-    }
-
     /// Stands for all features.
     pub fn features_hash(&self) -> String {
         hex::encode(&Sha256::digest(self.field("flags"))[..8])

@@ -142,8 +142,7 @@ pub(super) async fn capture<B: Backend>(core: Arc<Core<B>>, into: PathBuf) -> Re
     let state = backend.save_image(&core.process, &core.vmm, staging.path()).await?;
     core.end(Life::Suspended);
     core.link.close();
-    core.process.kill(core.limits().kill).await;
-    core.forget_process();
+    core.end_process().await;
 
     let fingerprint = backend.fingerprint(*shape);
     let (shape, exposed, root_disk, guest) = (*shape, exposed.clone(), root_disk.clone(), core.shared.common.guest_fingerprint.clone());

@@ -196,22 +196,29 @@ impl Stopwatch {
     }
 }
 
-/// What `<program> --version` may take.
-const VERSION_LIMIT: Duration = Duration::from_secs(10);
+/// What a program that only says something may take.
+const SAY_LIMIT: Duration = Duration::from_secs(10);
 
-/// The version that a program says, which stands after `prefix` in the first line. `mend` says what to do without one.
-pub(crate) async fn version(program: &Path, prefix: &str, mend: &str) -> Result<String, EngineError> {
+/// The first line that a program says when it is run with this argument. `mend` says what to do without the program.
+pub(crate) async fn first_line(program: &Path, argument: &str, mend: &str) -> Result<String, EngineError> {
     let missing = |what: String| EngineError::Host { what };
-    let run = tokio::process::Command::new(program).arg("--version").kill_on_drop(true).stdin(Stdio::null()).output();
-    let output = tokio::time::timeout(VERSION_LIMIT, run)
+    let run = tokio::process::Command::new(program).arg(argument).kill_on_drop(true).stdin(Stdio::null()).output();
+    let output = tokio::time::timeout(SAY_LIMIT, run)
         .await
-        .map_err(|_| missing(format!("{} --version does not end", program.display())))?
+        .map_err(|_| missing(format!("{} {argument} does not end", program.display())))?
         .map_err(|error| missing(format!("{} cannot be run ({error}); {mend}", program.display())))?;
     let text = String::from_utf8_lossy(&output.stdout);
-    match text.lines().next().and_then(|line| line.strip_prefix(prefix)) {
-        Some(version) if output.status.success() => Ok(version.trim().to_owned()),
-        _ => Err(missing(format!("{} --version does not say a version", program.display()))),
+    match text.lines().next() {
+        Some(line) if output.status.success() => Ok(line.trim().to_owned()),
+        _ => Err(missing(format!("{} {argument} says nothing of use ({})", program.display(), output.status))),
     }
+}
+
+/// The version that a program says, which stands after `prefix`.
+pub(crate) async fn version(program: &Path, prefix: &str, mend: &str) -> Result<String, EngineError> {
+    let line = first_line(program, "--version", mend).await?;
+    let version = line.strip_prefix(prefix).map(|version| version.trim().to_owned());
+    version.ok_or_else(|| EngineError::Host { what: format!("{} --version does not say a version, but {line:?}", program.display()) })
 }
 
 #[async_trait]

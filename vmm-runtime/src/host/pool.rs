@@ -45,8 +45,10 @@ pub(super) struct Ready<B: Backend> {
 }
 
 impl<B: Backend> Ready<B> {
-    async fn end(self) {
+    async fn end(self, shared: &Shared<B>) {
         self.process.kill(KILL_LIMIT).await;
+        // Late is not wrong: nobody waits for it.
+        let _ = tokio::time::timeout(KILL_LIMIT, shared.backend.gone(&self.vmm)).await;
         self.process.remove_dir();
     }
 }
@@ -188,7 +190,7 @@ impl<B: Backend> Pool<B> {
             (wanted, surplus)
         };
         if let Some(surplus) = surplus {
-            surplus.end().await;
+            surplus.end(&shared).await;
         }
         let started = start(&shared, &wanted, Priority::Low).await;
         let unwanted = {
@@ -208,7 +210,7 @@ impl<B: Backend> Pool<B> {
             }
         };
         if let Some(unwanted) = unwanted {
-            unwanted.end().await;
+            unwanted.end(&shared).await;
             return false;
         }
         true
@@ -232,8 +234,10 @@ impl<B: Backend> Pool<B> {
             state.closed = true;
             std::mem::take(&mut state.shelves)
         };
-        for ready in shelves.into_values().flat_map(|shelf| shelf.ready) {
-            ready.end().await;
+        if let Some(shared) = self.shared.upgrade() {
+            for ready in shelves.into_values().flat_map(|shelf| shelf.ready) {
+                ready.end(&shared).await;
+            }
         }
         // A process that was being started meanwhile ends with its refill.
         let _last = self.refilling.lock().await;

@@ -42,8 +42,7 @@ pub(super) async fn suspend<B: Backend>(core: Arc<Core<B>>, cancel: Cancellation
             let unasked = !core.end(Life::Suspended);
             // The streams stay with the link, parked.
             core.link.detach();
-            core.process.kill(core.limits().kill).await;
-            core.forget_process();
+            core.end_process().await;
             watch.lap("end");
             if unasked {
                 core.ensure_running("suspend")?;
@@ -70,9 +69,8 @@ async fn take_back<B: Backend>(core: &Core<B>) -> Result<(), EngineError> {
     if let Err(error) = resumed {
         let exit = vmm_exit(&core.process, &format!("a stopped guest could not go on ({error})"));
         core.end(Life::Exited(exit.clone()));
-        core.process.kill(core.limits().kill).await;
         core.link.close();
-        core.forget_process();
+        core.end_process().await;
         return Err(EngineError::Ended { step: STEP, exit });
     }
     // Streams flow whatever the agent answers; an agent that does not is noticed by the next thing it is asked.
@@ -94,7 +92,7 @@ async fn write<B: Backend>(core: &Arc<Core<B>>, cancel: &CancellationToken, watc
         return Ok(None);
     }
     let staging = Staging::create(&core.dir).map_err(|error| failed(format!("creating a directory in {}", core.dir.display()), error))?;
-    ensure_space(core)?;
+    ensure_space(core).await?;
     let mut layers = layers.lock().await;
     let save = Save { dir: staging.path(), image, layers: &mut layers, cancel };
     let Some(SavedParts { state, memory }) = backend.save_difference(&core.process, &core.vmm, save, watch).await? else { return Ok(None) };
@@ -131,10 +129,11 @@ async fn write<B: Backend>(core: &Arc<Core<B>>, cancel: &CancellationToken, watc
 }
 
 /// A suspend that cannot fit is refused before it has filled the disk for others.
-fn ensure_space<B: Backend>(core: &Core<B>) -> Result<(), EngineError> {
+async fn ensure_space<B: Backend>(core: &Core<B>) -> Result<(), EngineError> {
     let space = rustix::fs::statvfs(&core.dir).map_err(|error| failed(format!("looking for free space in {}", core.dir.display()), io::Error::from(error)))?;
     let free = space.f_bavail.saturating_mul(space.f_frsize);
-    let wanted = core.process.private_bytes().unwrap_or(0).saturating_add(SPARE_BYTES);
+    let private = core.shared.backend.usage(&core.process, &core.vmm).await.map_or(0, |usage| usage.private_bytes);
+    let wanted = private.saturating_add(SPARE_BYTES);
     if free < wanted {
         let what = format!("a snapshot in {} needs {} MiB and {} MiB are free", core.dir.display(), wanted >> 20, free >> 20);
         return Err(EngineError::Host { what });

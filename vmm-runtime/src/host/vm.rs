@@ -104,6 +104,22 @@ impl<B: Backend> Core<B> {
         }
     }
 
+    /// After a broken exchange, which is most often the first sign of an end that is about to be told properly.
+    async fn ensure_still_running(&self, step: &'static str) -> Result<(), EngineError> {
+        let _ = tokio::time::timeout(ANSWER_SLACK, self.over()).await;
+        self.ensure_running(step)
+    }
+
+    /// Ends the process and waits until nothing of it can touch a file, then forgets it.
+    pub async fn end_process(&self) {
+        let limit = self.limits().kill;
+        self.process.kill(limit).await;
+        if tokio::time::timeout(limit, self.shared.backend.gone(&self.vmm)).await.is_err() {
+            tracing::error!(pid = self.process.pid(), ?limit, "what a killed VMM process has started does not end");
+        }
+        self.forget_process();
+    }
+
     /// The newest lines of the serial console, or nothing.
     pub async fn console_tail(&self) -> String {
         console_tail(&self.shared.backend, &self.vmm).await
@@ -119,14 +135,14 @@ impl<B: Backend> Core<B> {
                 Err(EngineError::GuestTimeout { step: "freeze the app", limit, detail })
             }
             Err(error) => {
-                self.ensure_running("freezing the app")?;
+                self.ensure_still_running("freezing the app").await?;
                 Err(failed("freezing the app", error))
             }
         }
     }
 
     /// Forgets the process. For when it has ended.
-    pub fn forget_process(&self) {
+    fn forget_process(&self) {
         // A later generation may have its own record there by now.
         let ours = record::of_microvm(&self.dir).ok().flatten().is_some_and(|record| record.identity == *self.process.identity());
         if ours {
@@ -162,9 +178,8 @@ impl<B: Backend> Core<B> {
         if self.end(Life::Exited(exit.clone())) {
             tracing::info!(dir = %self.dir.display(), ?exit, "a microVM ended by itself");
             if vmm_is_useless {
-                self.process.kill(self.limits().kill).await;
                 self.link.close();
-                self.forget_process();
+                self.end_process().await;
             }
         }
     }
@@ -290,9 +305,7 @@ impl<B: Backend> Vm for ProcessVm<B> {
             }
             Ok(other) => Err(failed(STEP, format!("the guest agent answered {other:?}"))),
             Err(error) => {
-                // A broken channel is most often the first sign of an end that is about to be told properly.
-                let _ = tokio::time::timeout(ANSWER_SLACK, self.core.over()).await;
-                self.core.ensure_running(STEP)?;
+                self.core.ensure_still_running(STEP).await?;
                 Err(failed(STEP, error))
             }
         }
@@ -322,8 +335,7 @@ impl<B: Backend> Vm for ProcessVm<B> {
     async fn kill(&self) {
         let had_process = self.core.end(Life::Killed) || matches!(*self.core.life.borrow(), Life::Exited(_));
         if had_process {
-            self.core.process.kill(self.core.limits().kill).await;
-            self.core.forget_process();
+            self.core.end_process().await;
         }
         if !self.core.handed_over.load(Ordering::Acquire) {
             self.core.link.close();

@@ -1,21 +1,148 @@
-//! What the conformance tests of the engines share: the app, built as one static program.
+//! What the conformance tests of the engines share: the guest's kernel, initramfs, app and root disk.
+//!
+//! Needs a kernel package unpacked in `$DORMOUSE_KERNEL_DIR` (default `~/.cache/dormouse/kernel`), and the guest agent built
+//! for `x86_64-unknown-linux-musl` in release mode (or `$DORMOUSE_GUEST_AGENT`). Or, where nothing can be built, all of it in
+//! `$DORMOUSE_PREBUILT`, as [`Guests::prebuild`] put it there.
+#![allow(dead_code, reason = "each test binary uses some of it")]
 
 use std::{
+    env, fs,
     path::{Path, PathBuf},
     process::Command,
 };
 
-/// Compiles `examples/guest_app.rs` for musl. It needs nothing but the standard library, so the compiler alone does it.
+use model::MicrovmId;
+use vmm_runtime::{
+    conformance::HTTP,
+    engine::{AppSpec, LaunchSpec},
+    guest_kit::{self, GuestKit},
+};
+
+/// Length of a root disk.
+const DISK_BYTES: u64 = 1 << 30;
+/// The part of it that a file system takes where it has to be copied byte by byte.
+const SMALL_DISK_BYTES: u64 = 48 << 20;
+
+const KERNEL: &str = "kernel";
+const INITRD: &str = "initrd";
+const DISK: &str = "root.ext4";
+
+/// Where cargo puts what is built for musl, by the profile.
+pub fn musl_dir(profile: &str) -> PathBuf {
+    let default = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target");
+    env::var_os("CARGO_TARGET_DIR").map_or(default, PathBuf::from).join("x86_64-unknown-linux-musl").join(profile)
+}
+
+/// The path in a variable, or another.
+pub fn path_or(variable: &str, default: impl FnOnce() -> PathBuf) -> PathBuf {
+    env::var_os(variable).map_or_else(default, PathBuf::from)
+}
+
+/// Where the guest's kernel package is unpacked.
+pub fn kernel_dir() -> PathBuf {
+    path_or("DORMOUSE_KERNEL_DIR", || PathBuf::from(env::var_os("HOME").unwrap_or_default()).join(".cache/dormouse/kernel"))
+}
+
+/// What guests boot from, and a directory for everything.
+pub struct Guests {
+    pub kit: GuestKit,
+    pub dir: tempfile::TempDir,
+    /// A root disk with the app.
+    disk: Option<PathBuf>,
+}
+
+impl Guests {
+    /// `None` with a sentence on stderr: something that only setup can provide is missing.
+    pub fn find(engine: &str) -> Option<Self> {
+        let _ = tracing_subscriber::fmt().with_test_writer().with_max_level(tracing::Level::INFO).try_init();
+        let dir = tempfile::tempdir().expect("the temporary directory is writable");
+        if let Some(prebuilt) = env::var_os("DORMOUSE_PREBUILT").map(PathBuf::from) {
+            let kit = GuestKit { kernel: prebuilt.join(KERNEL), initrd: prebuilt.join(INITRD), fingerprint: "prebuilt".to_owned() };
+            return Some(Self { kit, dir, disk: Some(prebuilt.join(DISK)) });
+        }
+        let agent = path_or("DORMOUSE_GUEST_AGENT", || musl_dir("release").join("guest-agent"));
+        match guest_kit::assemble(&kernel_dir(), &agent, &dir.path().join("kit")) {
+            Ok(kit) => Some(Self { kit, dir, disk: None }),
+            Err(error) => {
+                eprintln!("SKIPPED: the {engine} engine is not tested: {error} ({})", std::error::Error::source(&error).map_or_else(String::new, ToString::to_string));
+                None
+            }
+        }
+    }
+
+    /// Puts what guests boot from into a directory that is to be `$DORMOUSE_PREBUILT`.
+    pub fn prebuild(kit: &GuestKit, work_dir: &Path, to: &Path) {
+        fs::create_dir_all(to).unwrap();
+        fs::copy(&kit.kernel, to.join(KERNEL)).unwrap();
+        fs::copy(&kit.initrd, to.join(INITRD)).unwrap();
+        make_disk(work_dir, &to.join(DISK), SMALL_DISK_BYTES);
+    }
+
+    pub fn root_disk(&self, to: &Path) {
+        match &self.disk {
+            Some(disk) => {
+                fs::copy(disk, to).unwrap();
+                fs::File::options().write(true).open(to).unwrap().set_len(DISK_BYTES).unwrap();
+            }
+            None => make_disk(self.dir.path(), to, DISK_BYTES),
+        }
+    }
+
+    /// A new microVM of the image in the suite's place.
+    pub fn microvm(&self) -> LaunchSpec {
+        let id = MicrovmId::random();
+        let dir = self.dir.path().join(id.to_string());
+        fs::create_dir(&dir).unwrap();
+        LaunchSpec { id, dir, image_dir: self.dir.path().join("image"), identity: Default::default() }
+    }
+}
+
+/// Ends every process of a run directory, also when a check has panicked.
+pub struct SweepAtEnd(pub PathBuf);
+
+impl Drop for SweepAtEnd {
+    fn drop(&mut self) {
+        // Within the test's runtime; what is only signalled here is gone soon after.
+        for process in vmm_runtime::qemu::process::Process::find_all(&self.0).unwrap_or_default() {
+            process.signal_kill();
+        }
+    }
+}
+
+/// How the app is started from a root disk of ours.
+pub fn app() -> AppSpec {
+    let env = [("PATH", "/bin"), ("HOME", "/root")].map(|(name, value)| (name.to_owned(), value.to_owned())).into();
+    AppSpec { argv: vec!["/app".into()], env, workdir: "/".into(), user: String::new(), exposed: vec![HTTP] }
+}
+
+fn make_disk(work_dir: &Path, to: &Path, bytes: u64) {
+    let tree = work_dir.join("tree");
+    fs::create_dir_all(tree.join("tmp")).unwrap();
+    fs::rename(guest_app(work_dir), tree.join("app")).unwrap();
+    fs::File::create(to).unwrap().set_len(bytes).unwrap();
+    make_file_system(&tree, to);
+}
+
+/// Makes a file system with these files in a file.
+pub fn make_file_system(tree: &Path, file: &Path) {
+    let output = Command::new("mkfs.ext4").args(["-q", "-F", "-O", "^has_journal", "-d"]).arg(tree).arg(file).output().expect("mkfs.ext4 is installed");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// Compiles `examples/guest_app.rs` into a directory.
 pub fn guest_app(dir: &Path) -> PathBuf {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/guest_app.rs");
-    let program = dir.join("guest_app");
-    let compiler = std::env::var("RUSTC").unwrap_or_else(|_| "rustc".to_owned());
+    static_program("examples/guest_app.rs", &dir.join("guest_app"))
+}
+
+/// Compiles a program for musl that needs nothing but the standard library, so the compiler alone does it.
+pub fn static_program(source: &str, program: &Path) -> PathBuf {
+    let compiler = env::var("RUSTC").unwrap_or_else(|_| "rustc".to_owned());
     let output = Command::new(compiler)
         .args(["--edition=2024", "--target=x86_64-unknown-linux-musl", "-Copt-level=2", "-Cstrip=symbols", "-o"])
-        .arg(&program)
-        .arg(source)
+        .arg(program)
+        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join(source))
         .output()
         .expect("rustc can be run");
-    assert!(output.status.success(), "the guest app does not compile: {}", String::from_utf8_lossy(&output.stderr));
-    program
+    assert!(output.status.success(), "{source} does not compile: {}", String::from_utf8_lossy(&output.stderr));
+    program.to_owned()
 }
