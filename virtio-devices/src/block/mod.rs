@@ -17,6 +17,7 @@ use std::{
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
+        mpsc,
     },
     thread::{self, JoinHandle},
 };
@@ -138,11 +139,12 @@ pub struct Block {
 }
 
 impl Block {
-    /// A device whose disk has `disk_bytes` and comes later, by [`Block::set_disk`]. Makes the worker thread.
+    /// A device whose disk has `disk_bytes` and comes later, by [`Block::set_disk`]. Makes the worker thread, which calls `confine`
+    /// before anything else; that is done when this returns.
     ///
     /// # Errors
-    /// No disk can have this length, or the host has no more threads or descriptors.
-    pub fn new(disk_bytes: u64, watch: &Watch) -> io::Result<Self> {
+    /// No disk can have this length, the host has no more threads or descriptors, or `confine` failed.
+    pub fn new(disk_bytes: u64, watch: &Watch, confine: impl FnOnce() -> io::Result<()> + Send + 'static) -> io::Result<Self> {
         if disk_bytes == 0 || !disk_bytes.is_multiple_of(SECTOR_BYTES) || disk_bytes > map::MAX_DISK_BYTES {
             return Err(io::Error::other(DiskError::Length(disk_bytes)));
         }
@@ -153,10 +155,20 @@ impl Block {
             counters: Arc::default(),
             bell: Bell::new(watch, BROKEN_TOKEN)?,
         });
+        let (started, start) = mpsc::channel();
         let worker = thread::Builder::new().name("block".to_owned()).spawn({
             let shared = shared.clone();
-            move || work(&shared)
+            move || {
+                let confined = confine();
+                let go = confined.is_ok();
+                // Whoever waits for it is in this function.
+                let _ = started.send(confined);
+                if go {
+                    work(&shared);
+                }
+            }
         })?;
+        start.recv().map_err(|_| io::Error::other("the worker thread of the block device ended at its start"))??;
         Ok(Self { shared, worker: Some(worker), disk_bytes, config: config(disk_bytes), paused: false })
     }
 

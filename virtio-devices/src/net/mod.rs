@@ -20,6 +20,7 @@ use std::{
 use rustix::{
     event::epoll::EventFlags,
     fs::{OFlags, fcntl_getfl, fcntl_setfl},
+    io::Errno,
 };
 use virtio_bindings::{
     virtio_ids::VIRTIO_ID_NET,
@@ -146,11 +147,26 @@ impl Net {
             }
             let (header, body) = self.frame.split_at_mut(GUEST_HEADER_BYTES);
             let parts = &mut [IoSliceMut::new(&mut header[..HOST_HEADER_BYTES]), IoSliceMut::new(body)];
-            let Some(len) = rustix::io::retry_on_intr(|| rustix::io::readv(&self.tap, parts)).ok().and_then(|got| got.checked_sub(HOST_HEADER_BYTES))
-            else {
-                // Nothing there (or the TAP is down, or not a TAP: as good as nothing).
-                chain::put_back(queue);
-                break;
+            let len = match rustix::io::retry_on_intr(|| rustix::io::readv(&self.tap, parts)) {
+                Ok(0) => {
+                    chain::put_back(queue);
+                    watching = Watching::No;
+                    break;
+                }
+                Ok(got) if got < HOST_HEADER_BYTES => {
+                    chain::put_back(queue);
+                    continue;
+                }
+                Ok(got) => got - HOST_HEADER_BYTES,
+                Err(error) => {
+                    chain::put_back(queue);
+                    // Anything but "nothing there" is for good, and would keep the event loop awake: the TAP device was
+                    // taken away. A kick tries again.
+                    if error != Errno::AGAIN {
+                        watching = Watching::No;
+                    }
+                    break;
+                }
             };
             // §5.1.6.4.1: one buffer, and without offloads all else is 0.
             header.fill(0);
