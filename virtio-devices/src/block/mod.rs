@@ -212,10 +212,11 @@ impl Block {
     }
 
     fn at_rest<T>(&mut self, what: impl FnOnce(&mut Disk) -> io::Result<T>) -> io::Result<T> {
-        if !self.paused {
+        let mut state = self.shared.state();
+        // Without a driver nothing is in flight, and there is nothing to pause (the transport does not).
+        if !self.paused && (state.busy || state.work.is_some()) {
             return Err(io::Error::other("the block device must be paused for this"));
         }
-        let mut state = self.shared.state();
         match &mut state.disk {
             Some(disk) => what(disk),
             None => Err(io::Error::other("the block device has no disk yet")),

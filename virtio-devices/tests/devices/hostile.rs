@@ -55,7 +55,7 @@ impl Kind {
             Self::Rng => Rig::new(memory, |watch| Box::new(Rng::new(watch).unwrap())),
             Self::Balloon => {
                 let discard = Box::new(|address: GuestAddress, len: u64| {
-                    assert!(address.0 % 4096 == 0 && len % 4096 == 0 && len > 0);
+                    assert!(address.0.is_multiple_of(4096) && len.is_multiple_of(4096) && len > 0);
                     let end = address.0 + len;
                     assert!(end <= LOW_BYTES as u64 || (address.0 >= HIGH && end <= HIGH + HIGH_BYTES as u64));
                     Ok(())
