@@ -17,7 +17,7 @@ usage: dormouse-vmm --dir DIR --name dormouse:DIR [options]   serve one microVM
   --uid N --gid N      whom to become when started as root (default 65534, nobody)
   --seccomp MODE       kill (default), log, off
   --require LAYERS     layers of the jail without which the process does not start: all, or some of
-                       user,mount,pid,network,ipc,uts,cgroup,root,landlock separated by commas
+                       identity,user,mount,pid,network,ipc,uts,cgroup,root,landlock separated by commas
 ";
 
 /// Whom to become when started as root, if the node does not say: `nobody`.

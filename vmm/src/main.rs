@@ -83,8 +83,10 @@ fn run(serve: &Serve) -> Result<(), Failure> {
     let control = bound(CONTROL_SOCKET, SocketType::SEQPACKET, CONTROL_BACKLOG)?;
     let vsock = bound(VSOCK_SOCKET, SocketType::STREAM, VSOCK_BACKLOG)?;
 
+    // Finds the kernel's clock page, once for the process; later that would be a forbidden call.
+    let _ = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     let mut report = Report::default();
-    privileges::become_user(serve.uid, serve.gid)?;
+    privileges::become_user(serve.uid, serve.gid, &mut report)?;
     namespaces::unshare(&mut report)?;
     seccomp::set_mode(serve.seccomp);
     let parent = supervisor::fork()?;

@@ -30,6 +30,8 @@ use std::{fs::File, io};
 /// failure ends the process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Layer {
+    /// Not root: for a process that root has started. Refused in a container that has no other user.
+    Identity,
     /// User namespace: the user and its capabilities mean nothing outside.
     User,
     /// Mount namespace.
@@ -52,12 +54,13 @@ pub enum Layer {
 
 impl Layer {
     /// All of them, in the order in which they are entered.
-    pub const ALL: [Self; 9] =
-        [Self::User, Self::Mount, Self::Pid, Self::Network, Self::Ipc, Self::Uts, Self::Cgroup, Self::Root, Self::Landlock];
+    pub const ALL: [Self; 10] =
+        [Self::Identity, Self::User, Self::Mount, Self::Pid, Self::Network, Self::Ipc, Self::Uts, Self::Cgroup, Self::Root, Self::Landlock];
 
     /// As on the command line and in the log.
     pub fn name(self) -> &'static str {
         match self {
+            Self::Identity => "identity",
             Self::User => "user",
             Self::Mount => "mount",
             Self::Pid => "pid",

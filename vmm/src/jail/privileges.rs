@@ -1,5 +1,7 @@
 //! Who the process is, and what it may not do any more: identity, capabilities, new privileges, dumps, limits.
 
+use std::io;
+
 use rustix::{
     process::{DumpableBehavior, Gid, Resource, Rlimit, Uid, geteuid, getrlimit, set_dumpable_behavior, setrlimit},
     thread::{
@@ -8,7 +10,7 @@ use rustix::{
     },
 };
 
-use super::{Doing, JailError};
+use super::{Doing, JailError, Layer, Report};
 
 /// Most descriptors: two for each of 30 sealed layers, and one for each stream of the vsock muxer and each client that it
 /// has not answered yet, with room.
@@ -20,23 +22,27 @@ const MAX_TASKS: u64 = 40;
 const CAPABILITIES: u32 = 64;
 
 /// Root becomes an ordinary user, but keeps its capabilities until [`drop_all`]: a host may permit namespaces to root only.
-/// Anyone else stays who they are.
+/// Anyone else stays who they are. A container may have no other user than its root; that is a refusal like any other.
 ///
 /// The process must have a single thread: the kernel changes the calling one alone.
-pub fn become_user(uid: u32, gid: u32) -> Result<(), JailError> {
+pub fn become_user(uid: u32, gid: u32, report: &mut Report) -> Result<(), JailError> {
     if !geteuid().is_root() {
+        report.note(Layer::Identity, Ok::<_, String>(()));
         return Ok(());
     }
-    let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
     set_keep_capabilities(true).doing("keeping capabilities for the namespaces")?;
-    set_thread_groups(&[]).doing("leaving all groups")?;
-    set_thread_res_gid(gid, gid, gid).doing(&format!("becoming group {}; --gid names another", gid.as_raw()))?;
-    set_thread_res_uid(uid, uid, uid).doing(&format!("becoming user {}; --uid names another", uid.as_raw()))?;
+    report.note(Layer::Identity, change(Uid::from_raw(uid), Gid::from_raw(gid)));
     let permitted = capabilities(None).doing("reading capabilities")?.permitted;
     set_capabilities(None, CapabilitySets { effective: permitted, permitted, inheritable: CapabilitySet::empty() })
         .doing("raising capabilities for the namespaces")?;
     // The change of user has made /proc/self root's; the maps of the user namespace are written there. Undone by `drop_all`.
     set_dumpable_behavior(DumpableBehavior::Dumpable).doing("owning /proc/self")
+}
+
+fn change(uid: Uid, gid: Gid) -> Result<(), String> {
+    set_thread_groups(&[]).map_err(|error| format!("leaving all groups: {}", io::Error::from(error)))?;
+    set_thread_res_gid(gid, gid, gid).map_err(|error| format!("becoming group {} (--gid): {}", gid.as_raw(), io::Error::from(error)))?;
+    set_thread_res_uid(uid, uid, uid).map_err(|error| format!("becoming user {} (--uid): {}", uid.as_raw(), io::Error::from(error)))
 }
 
 /// Gives up all capabilities for good, closes the ways to new ones, and the process's memory to debuggers and dumps.

@@ -81,6 +81,11 @@ pub fn program(class: Class, forbidden: SeccompAction) -> Result<BpfProgram, sec
     SeccompFilter::new(rules, forbidden, SeccompAction::Allow, TargetArch::x86_64)?.try_into()
 }
 
+/// Numbers of the calls that a class may make, some of them with certain arguments only.
+pub fn calls(class: Class) -> Result<Vec<i64>, seccompiler::BackendError> {
+    Ok(rules::of(class)?.into_keys().collect())
+}
+
 /// Puts the calling thread under the filter of its class, for good.
 pub fn install(class: Class) -> io::Result<()> {
     let forbidden = match mode() {

@@ -5,18 +5,14 @@
 //! child. Whoever must know that nothing touches a file any more waits for the end of the control connection, which the
 //! child holds.
 
-use std::{
-    convert::Infallible,
-    io,
-    os::fd::OwnedFd,
-};
+use std::{convert::Infallible, io, os::fd::OwnedFd};
 
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     process::{Pid, PidfdFlags, Signal, WaitOptions, getpid, pidfd_open, set_parent_process_death_signal, waitpid},
 };
 
-use super::{Doing, JailError, Layer, Report, descriptors, landlock, privileges, seccomp};
+use super::{Doing, JailError, descriptors, privileges, seccomp};
 use crate::log;
 
 /// The link to the parent, for the child.
@@ -59,9 +55,8 @@ fn supervise(child: Pid) -> Result<Infallible, JailError> {
     // SAFETY: from here on this process uses none of what it inherited, and never returns to code that owns it.
     unsafe { descriptors::close_others(None)? };
     privileges::drop_all()?;
-    let mut report = Report::default();
-    // The child tells of a refusal.
-    report.note(Layer::Landlock, landlock::no_access());
+    // No Landlock here: its scope for signals would keep the one that the child is to get at the end of this process from it.
+    // The filter permits nothing that Landlock could forbid.
     seccomp::install(seccomp::Class::Supervisor).doing("installing the filter of the waiting process")?;
     loop {
         let status = match waitpid(Some(child), WaitOptions::empty()) {

@@ -18,7 +18,7 @@ use virtio_devices::{
 };
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::{Machine, MachineError, OWN, Phase, Shell, slot, usage::Counters};
+use super::{Machine, MachineError, OWN, Phase, Shell, ThreadKind, slot, usage::Counters};
 use crate::{
     arch::layout::{self, VIRTIO_SLOTS},
     devices::{bus::Bus, power::Power, serial::Console},
@@ -69,7 +69,11 @@ pub fn assemble(shell: Shell) -> Result<Machine, MachineError> {
         Ok(())
     };
 
-    let block = Block::new(disk_bytes, &watch(slot::BLOCK)).map_err(|error| made("block", error))?;
+    let confine_block = {
+        let confine = confine.clone();
+        move || confine(ThreadKind::Block)
+    };
+    let block = Block::new(disk_bytes, &watch(slot::BLOCK), confine_block).map_err(|error| made("block", error))?;
     counters.block = Some(block.counters());
     put(slot::BLOCK, Box::new(block))?;
     put(slot::VSOCK, Box::new(Vsock::new(vsock.into(), watch(slot::VSOCK)).map_err(|error| made("vsock", error))?))?;

@@ -36,7 +36,8 @@ const KVM: u8 = 0xae;
 /// Runs the guest until it needs this process: vCPU threads only.
 pub const KVM_RUN: u32 = kvm_io(0x80);
 
-/// State of one vCPU, read by a save and written by a restore, in whichever thread does it.
+/// State of one vCPU, read by a save and written by a restore, on the vCPU's own thread. The descriptors are of one vCPU or
+/// its machine; nothing here makes a machine, a vCPU or a memory slot.
 pub const VCPU_STATE: &[u32] = &[
     // Registers: read by a save and for the report of a guest that cannot go on; written by boot and restore.
     kvm_r::<kvm::kvm_regs>(0x81),
@@ -47,9 +48,8 @@ pub const VCPU_STATE: &[u32] = &[
     // Model specific registers.
     kvm_wr::<kvm::kvm_msrs>(0x88),
     kvm_w::<kvm::kvm_msrs>(0x89),
-    // x87 registers, set once at boot.
-    kvm_r::<kvm::kvm_fpu>(0x8c),
-    kvm_w::<kvm::kvm_fpu>(0x8d),
+    // Where the instruction is that KVM cannot do, for the report of a guest that ended by it.
+    kvm_wr::<kvm::kvm_translation>(0x85),
     // Local APIC.
     kvm_r::<kvm::kvm_lapic_state>(0x8e),
     kvm_w::<kvm::kvm_lapic_state>(0x8f),
@@ -75,14 +75,15 @@ pub const VCPU_STATE: &[u32] = &[
     // Which vector state is enabled.
     kvm_r::<kvm::kvm_xcrs>(0xa6),
     kvm_w::<kvm::kvm_xcrs>(0xa7),
+    // Offset of the guest's time stamp counter: the same for all vCPUs.
+    kvm_w::<kvm::kvm_device_attr>(0xe1),
+    kvm_w::<kvm::kvm_device_attr>(0xe2),
     // Tells a guest's clock that it was paused.
     kvm_io(0xad),
 ];
 
 /// State of the virtual machine, and what save and restore ask of it. Main thread only.
 pub const VM_STATE: &[u32] = &[
-    // Asked of the machine before structures of a variable size are read.
-    kvm_io(0x03),
     // Interrupt controllers.
     kvm_wr::<kvm::kvm_irqchip>(0x62),
     kvm_r::<kvm::kvm_irqchip>(0x63),
