@@ -248,6 +248,8 @@ pub struct Machine {
     bus: Arc<Bus>,
     vm: Arc<Vm>,
     ram: Arc<GuestRam>,
+    /// What each vCPU was told to be; empty before there is a guest.
+    identities: Vec<Vec<kvm_bindings::kvm_cpuid_entry2>>,
     phase: Phase,
     disk_bytes: u64,
     epoll: Arc<OwnedFd>,
@@ -287,8 +289,8 @@ impl Machine {
         crate::devices::vmgenid::renew(self.ram.memory()).map_err(|error| MachineError::host("writing the VMGenID", &error))?;
         steps.done("load");
         let count = self.vcpus.len() as u8;
-        for (index, vcpu) in (0..).zip(&self.vcpus) {
-            let identity = cpuid::of_vcpu(self.vm.cpuid(), index, count);
+        self.identities = (0..count).map(|vcpu| cpuid::of_vcpu(self.vm.cpuid(), vcpu, count)).collect();
+        for ((index, vcpu), identity) in self.vcpus.iter().enumerate().zip(self.identities.clone()) {
             let entry = (index == 0).then_some(entry);
             let started = vcpu.with(move |fd| boot::start(fd, &identity, entry)).and_then(|started| started);
             started.map_err(|error| MachineError::kvm("setting a vCPU to its start", &error))?;

@@ -83,8 +83,9 @@ fn write_xsave(vcpu: &VcpuFd, abilities: &Abilities, bytes: &[u8]) -> Result<(),
 }
 
 impl VcpuState {
-    /// Reads a vCPU that does not run.
-    pub fn read(vcpu: &VcpuFd, vm: &Vm) -> Result<Self, KvmError> {
+    /// Reads a vCPU that does not run. `cpuid` is what it was given: what `KVM_GET_CPUID2` answers holds bits of the moment
+    /// (OSXSAVE, APIC), and with a KVM in software features of the processor underneath.
+    pub fn read(vcpu: &VcpuFd, vm: &Vm, cpuid: Vec<kvm_cpuid_entry2>) -> Result<Self, KvmError> {
         // First: reading it lets the local APIC take an INIT or SIPI that is pending, which changes registers.
         let mp_state = vcpu.get_mp_state().doing("KVM_GET_MP_STATE")?;
         let regs = vcpu.get_regs().doing("KVM_GET_REGS")?;
@@ -95,12 +96,6 @@ impl VcpuState {
         let lapic = vcpu.get_lapic().doing("KVM_GET_LAPIC")?;
         // A host with an unstable TSC does not say how fast it is; then nothing is compared at the restore either.
         let tsc_khz = vcpu.get_tsc_khz().unwrap_or(0);
-        let cpuid = vcpu.get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES).doing("KVM_GET_CPUID2")?;
-        let mut cpuid = cpuid.as_slice().to_vec();
-        // The kernel may pad the list with zero entries.
-        while cpuid.last().is_some_and(|entry| entry.function == 0 && entry.index == 0 && cpuid.len() > 1) {
-            cpuid.pop();
-        }
         let mut msrs = msr::read(vcpu, vm.msrs())?;
         // A deadline that passed while the vCPU was stopped reads as 0, "disarmed", though its interrupt may not have been
         // delivered yet. A deadline that is due at once costs a guest one spurious timer interrupt; a lost one hangs it.

@@ -102,6 +102,7 @@ pub fn restore(machine: &mut Machine, restore: Restore) -> Result<Phases, Machin
     steps.done("disk");
 
     let several = vcpus.len() > 1;
+    machine.identities = vcpus.iter().map(|vcpu| vcpu.cpuid.clone()).collect();
     for (vcpu, saved) in machine.vcpus.iter().zip(vcpus) {
         let vm = machine.vm.clone();
         vcpu.with(move |fd| saved.write(fd, &vm)).and_then(|written| written).map_err(|error| MachineError::kvm("restoring a vCPU", &error))?;

@@ -66,9 +66,9 @@ pub fn save(machine: &mut Machine, state: &File, parts: SaveParts, cancelled: &m
     let streams = streams.transpose().map_err(|error| MachineError::host("parking streams", &error))?.unwrap_or_default();
     steps.done("devices");
 
-    for vcpu in &machine.vcpus {
+    for (vcpu, identity) in machine.vcpus.iter().zip(machine.identities.clone()) {
         let vm = machine.vm.clone();
-        let saved = vcpu.with(move |fd| VcpuState::read(fd, &vm)).and_then(|saved| saved).map_err(|error| MachineError::kvm("saving a vCPU", &error))?;
+        let saved = vcpu.with(move |fd| VcpuState::read(fd, &vm, identity)).and_then(|saved| saved).map_err(|error| MachineError::kvm("saving a vCPU", &error))?;
         sections.section(snapshot::VCPU, SECTION_VERSION, &encode(&saved));
     }
     let vm = VmState::read(&machine.vm).map_err(|error| MachineError::kvm("saving the machine", &error))?;
