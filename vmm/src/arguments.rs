@@ -10,6 +10,7 @@ use crate::jail::{Layer, seccomp::Mode};
 pub const USAGE: &str = "\
 usage: dormouse-vmm --dir DIR --name dormouse:DIR [options]   serve one microVM
        dormouse-vmm --probe                                   say what /dev/kvm of this host is, as JSON
+       dormouse-vmm --version                                 say `dormouse-vmm` and a version, which snapshots are bound to
 
   --dir DIR            the process's own directory; `control` and `vsock` are made there
   --name dormouse:DIR  by this the node finds the process again in /proc
@@ -30,6 +31,8 @@ pub enum Command {
     Serve(Serve),
     /// Look at `/dev/kvm`, say what it is, end.
     Probe,
+    /// Print the version.
+    Version,
     /// Print [`USAGE`].
     Help,
 }
@@ -70,6 +73,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, S
         let mut value = || arguments.next().ok_or_else(|| format!("{option} lacks its value"));
         match option.as_str() {
             "--help" | "-h" => return Ok(Command::Help),
+            "--version" => return Ok(Command::Version),
             "--probe" => probe = true,
             "--dir" => dir = Some(PathBuf::from(value()?)),
             // Only there to be seen in /proc/<pid>/cmdline.
@@ -140,6 +144,7 @@ mod tests {
         assert_eq!(serve.required, [Layer::User, Layer::Landlock]);
         assert_eq!(parsed("--probe"), Ok(Command::Probe));
         assert_eq!(parsed("--dir d --help"), Ok(Command::Help));
+        assert_eq!(parsed("--version"), Ok(Command::Version));
     }
 
     #[test]

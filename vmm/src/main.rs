@@ -39,6 +39,10 @@ fn main() -> ExitCode {
             print!("{}", arguments::USAGE);
             ExitCode::SUCCESS
         }
+        Ok(Command::Version) => {
+            println!("dormouse-vmm {}", env!("CARGO_PKG_VERSION"));
+            ExitCode::SUCCESS
+        }
         Ok(Command::Probe) => {
             println!("{}", probe::probe().to_json());
             ExitCode::SUCCESS
