@@ -62,3 +62,6 @@ impl<T> Doing<T> for Result<T, kvm_ioctls::Error> {
         self.map_err(|error| KvmError::Ioctl { doing, detail: String::new(), source: std::io::Error::from_raw_os_error(error.errno()) })
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -245,7 +245,7 @@ impl GuestRam {
     }
 
     /// Pages that may differ from the memory file: those of this process alone, and those that come from elsewhere.
-    fn candidates(&self, pagemap: &File) -> io::Result<Vec<std::ops::Range<u64>>> {
+    pub(crate) fn candidates(&self, pagemap: &File) -> io::Result<Vec<std::ops::Range<u64>>> {
         let mut bits = self.overlaid.lock().unwrap_or_else(PoisonError::into_inner).bits.clone();
         for piece in &self.pieces {
             let first = piece.offset / PAGE;
