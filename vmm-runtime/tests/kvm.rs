@@ -6,10 +6,7 @@
 
 mod support;
 
-use std::{
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::path::PathBuf;
 
 use async_trait::async_trait;
 use model::Generation;
@@ -17,83 +14,50 @@ use rustix::process::{Pid, Signal, kill_process};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio_util::sync::CancellationToken;
 use vmm_runtime::{
-    conformance::{self, Bench, ECHO, Suite},
-    engine::{AppSpec, DialError, Engine, EngineError, Exit, RestoreSpec, SuspendOutcome},
-    kvm::{KvmConfig, KvmEngine, KvmVm, Limits, PoolConfig, Probe, probe, process::Process},
+    conformance::{ECHO, Suite},
+    engine::{DialError, Engine, EngineError, Exit, RestoreSpec, SuspendOutcome},
+    kvm::{HostConfig, KvmConfig, KvmEngine, KvmVm, Probe, probe},
 };
 
-use crate::support::{Guests, SweepAtEnd};
+use crate::support::{GuestBench, Guests, Start};
 
-struct KvmBench {
-    guests: Guests,
+struct Kvm {
     vmm: PathBuf,
 }
 
-impl KvmBench {
-    async fn find() -> Option<Self> {
-        let vmm = support::path_or("DORMOUSE_VMM", || support::musl_dir("release").join("dormouse-vmm"));
-        let why = match probe(&vmm).await {
-            Ok(Probe::Hardware) => return Some(Self { guests: Guests::find("kvm")?, vmm }),
-            Ok(Probe::Software { why } | Probe::Missing { why }) => why,
-            Err(error) => error.to_string(),
-        };
-        eprintln!("SKIPPED: the kvm engine is not tested here: {why}");
-        None
-    }
+#[async_trait]
+impl Start for Kvm {
+    type Started = KvmEngine;
 
-    async fn start(&self) -> KvmEngine {
-        let config = KvmConfig {
-            vmm: self.vmm.clone(),
-            kernel: self.guests.kit.kernel.clone(),
-            initrd: self.guests.kit.initrd.clone(),
-            guest_fingerprint: self.guests.kit.fingerprint.clone(),
-            run_dir: self.work_dir().join("run"),
-            pool: PoolConfig { per_image: 1, total: 4 },
-            limits: Limits::default(),
-        };
-        KvmEngine::new(config).await.unwrap_or_else(|error| panic!("{error}"))
+    async fn start(&self, host: HostConfig) -> KvmEngine {
+        KvmEngine::new(KvmConfig { vmm: self.vmm.clone(), host }).await.unwrap_or_else(|error| panic!("{error}"))
     }
 }
 
-#[async_trait]
-impl Bench for KvmBench {
-    async fn engine(&self) -> Arc<dyn Engine> {
-        Arc::new(self.start().await)
-    }
-
-    fn work_dir(&self) -> &Path {
-        self.guests.dir.path()
-    }
-
-    async fn root_disk(&self, to: &Path) {
-        self.guests.root_disk(to);
-    }
-
-    fn app(&self) -> AppSpec {
-        support::app()
-    }
-
-    fn guests(&self) -> conformance::Guests {
-        conformance::Guests::Real
-    }
+async fn bench() -> Option<GuestBench<Kvm>> {
+    let vmm = support::path_or("DORMOUSE_VMM", || support::musl_dir("release").join("dormouse-vmm"));
+    let why = match probe(&vmm).await {
+        Ok(Probe::Hardware) => return Some(GuestBench::new(Guests::find("kvm")?, Kvm { vmm })),
+        Ok(Probe::Software { why } | Probe::Missing { why }) => why,
+        Err(error) => error.to_string(),
+    };
+    eprintln!("SKIPPED: the kvm engine is not tested here: {why}");
+    None
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_kvm_engine_conforms() {
-    let Some(bench) = KvmBench::find().await else { return };
-    let _sweep = SweepAtEnd(bench.work_dir().join("run"));
-    conformance::run_all(&bench).await;
-    let left = Process::find_all(&bench.work_dir().join("run")).unwrap();
-    assert!(left.is_empty(), "processes were left behind: {left:?}");
+    let Some(bench) = bench().await else { return };
+    bench.conforms().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_vmm_that_dies_is_told_and_costs_nothing_that_was_saved() {
-    let Some(bench) = KvmBench::find().await else { return };
-    let _sweep = SweepAtEnd(bench.work_dir().join("run"));
+    let Some(bench) = bench().await else { return };
+    let _sweep = bench.sweep_at_end();
     let _suite = Suite::prepare(&bench).await;
     let engine = bench.start().await;
-    let spec = bench.guests.microvm();
+    let spec = bench.microvm();
     let (id, dir, image_dir) = (spec.id, spec.dir.clone(), spec.image_dir.clone());
     let vm = engine.launch(spec).await.unwrap_or_else(|error| panic!("{error}")).vm;
     let mut stream = vm.dial(ECHO).await.unwrap();

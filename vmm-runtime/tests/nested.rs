@@ -47,7 +47,7 @@ fn cargo(target_dir: &Path, arguments: &[&str]) -> Vec<u8> {
 /// The test program that cargo says it has built.
 fn test_program(messages: &[u8]) -> PathBuf {
     let messages = messages.split(|byte| *byte == b'\n').filter_map(|line| serde_json::from_slice::<serde_json::Value>(line).ok());
-    let built = messages.filter_map(|message| message["executable"].as_str().map(PathBuf::from)).last();
+    let built = messages.filter_map(|message| message["executable"].as_str().map(PathBuf::from)).next_back();
     built.expect("cargo names the test program that it has built")
 }
 

@@ -7,7 +7,6 @@ mod support;
 
 use std::{
     fs,
-    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -19,68 +18,32 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio_util::sync::CancellationToken;
 use vmm_runtime::{
     conformance::{self, Bench, ECHO, HTTP},
-    engine::{AppSpec, DialError, Engine, EngineError, Exit, RestoreSpec, SuspendOutcome, Vm},
-    qemu::{Accel, Limits, PoolConfig, QemuConfig, QemuEngine, QemuVm, process::Process},
+    engine::{DialError, Engine, EngineError, Exit, RestoreSpec, SuspendOutcome, Vm},
+    qemu::{Accel, HostConfig, Limits, QemuConfig, QemuEngine, QemuVm, process::Process},
 };
 
-use crate::support::{Guests, SweepAtEnd};
+use crate::support::{GuestBench, Guests, Start};
 
-struct QemuBench {
-    guests: Guests,
-    pool: PoolConfig,
-    limits: Limits,
-}
+struct Qemu;
 
-impl QemuBench {
-    fn find() -> Option<Self> {
-        Some(Self { guests: Guests::find("qemu")?, pool: PoolConfig { per_image: 1, total: 4 }, limits: Limits::default() })
-    }
+#[async_trait]
+impl Start for Qemu {
+    type Started = QemuEngine;
 
-    async fn start(&self) -> QemuEngine {
-        let config = QemuConfig {
-            qemu: "qemu-system-x86_64".into(),
-            accel: Accel::Tcg,
-            kernel: self.guests.kit.kernel.clone(),
-            initrd: self.guests.kit.initrd.clone(),
-            guest_fingerprint: self.guests.kit.fingerprint.clone(),
-            run_dir: self.work_dir().join("run"),
-            pool: self.pool,
-            limits: self.limits,
-        };
+    async fn start(&self, host: HostConfig) -> QemuEngine {
+        let config = QemuConfig { qemu: "qemu-system-x86_64".into(), accel: Accel::Tcg, host };
         QemuEngine::new(config).await.unwrap_or_else(|error| panic!("{error}"))
     }
 }
 
-#[async_trait]
-impl Bench for QemuBench {
-    async fn engine(&self) -> Arc<dyn Engine> {
-        Arc::new(self.start().await)
-    }
-
-    fn work_dir(&self) -> &Path {
-        self.guests.dir.path()
-    }
-
-    async fn root_disk(&self, to: &Path) {
-        self.guests.root_disk(to);
-    }
-
-    fn app(&self) -> AppSpec {
-        support::app()
-    }
-
-    fn guests(&self) -> conformance::Guests {
-        conformance::Guests::Real
-    }
+fn bench() -> Option<GuestBench<Qemu>> {
+    Some(GuestBench::new(Guests::find("qemu")?, Qemu))
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_qemu_engine_conforms() {
-    let Some(bench) = QemuBench::find() else { return };
-    let _sweep = SweepAtEnd(bench.work_dir().join("run"));
-    conformance::run_all(&bench).await;
-    let left = Process::find_all(&bench.work_dir().join("run")).unwrap();
-    assert!(left.is_empty(), "processes were left behind: {left:?}");
+    let Some(bench) = bench() else { return };
+    bench.conforms().await;
 }
 
 fn pid(vm: &Arc<dyn Vm>) -> Pid {
@@ -97,14 +60,14 @@ async fn get(vm: &Arc<dyn Vm>, path: &str) -> String {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_host_that_misbehaves_hangs_nothing() {
-    let Some(mut bench) = QemuBench::find() else { return };
+    let Some(mut bench) = bench() else { return };
     bench.limits = Limits { quiesce: Duration::from_secs(1), command: Duration::from_secs(1), dial: Duration::from_secs(1), ..Limits::default() };
-    let _sweep = SweepAtEnd(bench.work_dir().join("run"));
+    let _sweep = bench.sweep_at_end();
     let _suite = conformance::Suite::prepare(&bench).await;
     let engine = bench.start().await;
 
     // A guest that does not answer: nothing hangs, and it goes on once it can.
-    let spec = bench.guests.microvm();
+    let spec = bench.microvm();
     let (id, dir, image_dir) = (spec.id, spec.dir.clone(), spec.image_dir.clone());
     let vm = engine.launch(spec).await.unwrap_or_else(|error| panic!("{error}")).vm;
     kill_process(pid(&vm), Signal::STOP).unwrap();
@@ -131,7 +94,7 @@ async fn a_host_that_misbehaves_hangs_nothing() {
 
     // A QEMU that dies in the middle of a suspend.
     for delay_ms in [0, 5, 15, 30] {
-        let spec = bench.guests.microvm();
+        let spec = bench.microvm();
         let vm = engine.launch(spec).await.unwrap_or_else(|error| panic!("{error}")).vm;
         let killing = async {
             tokio::time::sleep(Duration::from_millis(delay_ms)).await;
@@ -148,11 +111,10 @@ async fn a_host_that_misbehaves_hangs_nothing() {
 
     // A ready process that has died is not used.
     engine.warm(image_dir.clone()).await;
-    let run_dir = bench.work_dir().join("run");
-    for process in Process::find_all(&run_dir).unwrap() {
+    for process in Process::find_all(&bench.run_dir()).unwrap() {
         process.kill(Duration::from_secs(5)).await;
     }
-    let vm = engine.launch(bench.guests.microvm()).await.unwrap_or_else(|error| panic!("{error}")).vm;
+    let vm = engine.launch(bench.microvm()).await.unwrap_or_else(|error| panic!("{error}")).vm;
     assert_eq!(get(&vm, "/count").await, "2");
     vm.kill().await;
     engine.close().await;
@@ -160,11 +122,11 @@ async fn a_host_that_misbehaves_hangs_nothing() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_kernel_that_panics_is_quoted() {
-    let Some(mut bench) = QemuBench::find() else { return };
+    let Some(mut bench) = bench() else { return };
     bench.guests.kit.initrd = bench.work_dir().join("no-initrd");
     fs::write(&bench.guests.kit.initrd, b"garbage").unwrap();
     bench.limits.boot = Duration::from_secs(30);
-    let _sweep = SweepAtEnd(bench.work_dir().join("run"));
+    let _sweep = bench.sweep_at_end();
     let engine = bench.start().await;
     let (dir, root_disk) = (bench.work_dir().join("build"), bench.work_dir().join("disk"));
     fs::create_dir(&dir).unwrap();

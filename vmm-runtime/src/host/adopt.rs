@@ -10,7 +10,7 @@ use model::{Generation, MicrovmId};
 use protocol::link::Attach;
 
 use super::{
-    Backend, Layers, Shared, blocking, failed, image,
+    Backend, Layers, Shared, blocking, chain, failed, image,
     pool::KillOnDrop,
     process::Process,
     record::{self, Record, Stage},
@@ -66,20 +66,8 @@ pub(super) async fn adopt<B: Backend>(
         (_, _, true) => "its suspend was committed".to_owned(),
     };
     tracing::info!(%id, pid = process.get().pid(), why, "a VMM process is ended instead of adopted");
-    process.get().kill(shared.common.limits.kill).await;
+    process.get().kill(shared.config.limits.kill).await;
     Ok(None)
-}
-
-/// An error with all its causes, on one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }
 
 async fn take_over<B: Backend>(
@@ -94,7 +82,7 @@ async fn take_over<B: Backend>(
     let image = image::load(shared, image_dir).await?;
     let vmm = backend.reconnect(process, &image).await?;
     let link = new_link(dir);
-    attach(backend, process, &vmm, &link, || Ok(Attach::Adopted), shared.common.limits.attach, "answer after the node's restart").await?;
+    attach(backend, process, &vmm, &link, || Ok(Attach::Adopted), shared.config.limits.attach, "answer after the node's restart").await?;
     let layers = Layers::existing(dir, B::LAYER_FILES, record.sealed_layers.clone(), record.generation);
     let kind = Kind::Microvm { id, generation: record.generation, image, layers: tokio::sync::Mutex::new(layers) };
     let (shared, dir) = (shared.clone(), dir.to_owned());

@@ -145,7 +145,7 @@ pub(super) async fn capture<B: Backend>(core: Arc<Core<B>>, into: PathBuf) -> Re
     core.end_process().await;
 
     let fingerprint = backend.fingerprint(*shape);
-    let (shape, exposed, root_disk, guest) = (*shape, exposed.clone(), root_disk.clone(), core.shared.common.guest_fingerprint.clone());
+    let (shape, exposed, root_disk, guest) = (*shape, exposed.clone(), root_disk.clone(), core.shared.config.guest_fingerprint.clone());
     let written = blocking({
         let (into, memory) = (into.clone(), core.dir.join(BOOT_MEMORY));
         move || -> io::Result<ImageSnapshot> {

@@ -92,23 +92,25 @@ impl Default for Limits {
 
 /// What every engine is made of.
 #[derive(Debug, Clone)]
-pub(crate) struct Common {
-    /// Kernel to boot. Only a boot needs it.
+pub struct HostConfig {
+    /// Kernel to boot (bzImage, or an ELF with a PVH note). Only a boot needs it.
     pub kernel: PathBuf,
     /// Initramfs with the guest agent. Only a boot needs it.
     pub initrd: PathBuf,
-    /// Stands for both in manifests.
+    /// Stands for kernel and initramfs in manifests.
     pub guest_fingerprint: String,
     /// Where processes have their own directories; one engine at a time uses it.
     pub run_dir: PathBuf,
+    /// Ready processes.
     pub pool: PoolConfig,
+    /// Deadlines.
     pub limits: Limits,
 }
 
 /// What the engine and its microVMs share.
 pub struct Shared<B: Backend> {
     backend: B,
-    common: Common,
+    config: HostConfig,
     pool: Arc<Pool<B>>,
     /// Images whose memory and disk were read and found right, by the checksum of their manifest.
     verified: Mutex<HashMap<PathBuf, Arc<tokio::sync::OnceCell<u32>>>>,
@@ -121,14 +123,14 @@ pub struct ProcessEngine<B: Backend> {
 
 impl<B: Backend> ProcessEngine<B> {
     /// Makes the run directory. Starts no process.
-    pub(crate) fn over(backend: B, mut common: Common) -> Result<Self, EngineError> {
-        fs::create_dir_all(&common.run_dir)
+    pub(crate) fn over(backend: B, mut config: HostConfig) -> Result<Self, EngineError> {
+        fs::create_dir_all(&config.run_dir)
             .and_then(|()| {
-                common.run_dir = common.run_dir.canonicalize()?;
+                config.run_dir = config.run_dir.canonicalize()?;
                 Ok(())
             })
-            .map_err(|error| failed(format!("creating the run directory {}", common.run_dir.display()), error))?;
-        Ok(Self { shared: Arc::new_cyclic(|shared| Shared { pool: Pool::new(common.pool, shared.clone()), backend, common, verified: Mutex::default() }) })
+            .map_err(|error| failed(format!("creating the run directory {}", config.run_dir.display()), error))?;
+        Ok(Self { shared: Arc::new_cyclic(|shared| Shared { pool: Pool::new(config.pool, shared.clone()), backend, config, verified: Mutex::default() }) })
     }
 
     pub(crate) fn backend(&self) -> &B {
@@ -175,6 +177,18 @@ pub(crate) async fn blocking<R: Send + 'static>(work: impl FnOnce() -> R + Send 
             Err(_) => std::future::pending().await,
         },
     }
+}
+
+/// An error with all its causes, on one line.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
 }
 
 /// Measures the steps of an operation; they add up to the whole.
@@ -260,14 +274,14 @@ impl<B: Backend> Engine for ProcessEngine<B> {
     }
 
     async fn sweep(&self, keep: &[MicrovmId]) -> Result<(), EngineError> {
-        let run_dir = self.shared.common.run_dir.clone();
+        let run_dir = self.shared.config.run_dir.clone();
         let (keep, ready) = (keep.to_vec(), self.shared.pool.dirs());
         let kept = |dir: &Path| ready.iter().any(|ready| ready == dir) || record::owner_of(dir).is_some_and(|owner| keep.contains(&owner.id));
         let doing = |error: io::Error| failed(format!("looking for VMM processes of {}", run_dir.display()), error);
         let (unwanted, wanted): (Vec<Process>, Vec<Process>) = Process::find_all(&run_dir).map_err(doing)?.into_iter().partition(|process| !kept(process.dir()));
         for process in &unwanted {
             tracing::info!(pid = process.pid(), dir = %process.dir().display(), "ending a VMM process that belongs to no microVM");
-            process.kill(self.shared.common.limits.kill).await;
+            process.kill(self.shared.config.limits.kill).await;
         }
         for entry in fs::read_dir(&run_dir).map_err(doing)? {
             let dir = entry.map_err(doing)?.path();

@@ -57,7 +57,7 @@ impl<B: Backend> Ready<B> {
 pub(super) async fn start<B: Backend>(shared: &Shared<B>, role: &Role, priority: Priority) -> Result<Ready<B>, EngineError> {
     let (program, mend) = shared.backend.program();
     let arguments = |dir: &Path| shared.backend.arguments(dir, role);
-    let process = Process::start(program, &shared.common.run_dir, arguments, priority).map_err(|error| match error.kind() {
+    let process = Process::start(program, &shared.config.run_dir, arguments, priority).map_err(|error| match error.kind() {
         io::ErrorKind::NotFound => EngineError::Host { what: format!("{} is not there; {mend}", program.display()) },
         _ => failed(format!("starting {}", program.display()), error),
     })?;

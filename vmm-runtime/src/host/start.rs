@@ -89,8 +89,8 @@ pub(super) async fn attach<B: Backend>(
 
 /// See `Engine::boot`.
 pub(super) async fn boot<B: Backend>(shared: &Arc<Shared<B>>, spec: BootSpec) -> Result<Arc<ProcessVm<B>>, EngineError> {
-    let (common, backend) = (&shared.common, &shared.backend);
-    for (what, path) in [("guest kernel", &common.kernel), ("guest initramfs", &common.initrd)] {
+    let (config, backend) = (&shared.config, &shared.backend);
+    for (what, path) in [("guest kernel", &config.kernel), ("guest initramfs", &config.initrd)] {
         if let Err(error) = fs::metadata(path) {
             return Err(EngineError::Host { what: format!("the {what} {} cannot be used: {error}", path.display()) });
         }
@@ -99,12 +99,12 @@ pub(super) async fn boot<B: Backend>(shared: &Arc<Shared<B>>, spec: BootSpec) ->
     let Ready { process, vmm } = pool::start(shared, &role, Priority::Normal).await?;
     let process = KillOnDrop::new(process);
     let link = new_link(&spec.dir);
-    attach(backend, process.get(), &vmm, &link, || Ok(Attach::Boot), common.limits.boot, "boot to its agent").await?;
+    attach(backend, process.get(), &vmm, &link, || Ok(Attach::Boot), config.limits.boot, "boot to its agent").await?;
     let exposed = spec.app.exposed.clone();
-    match link.call(Request::Start(spec.app), common.limits.start_app).await {
+    match link.call(Request::Start(spec.app), config.limits.start_app).await {
         Ok(Reply::Done) => {}
         Ok(other) => return Err(failed("starting the app", format!("the guest agent answered {other:?}"))),
-        Err(error) => return Err(link_failed(backend, process.get(), &vmm, "start the app", common.limits.start_app, error).await),
+        Err(error) => return Err(link_failed(backend, process.get(), &vmm, "start the app", config.limits.start_app, error).await),
     }
     let kind = Kind::Build { root_disk: spec.root_disk, shape: spec.shape, exposed };
     Ok(ProcessVm::new(Core::new(shared, kind, spec.dir, process.keep(), vmm, link)))
@@ -204,7 +204,7 @@ pub(super) async fn restore<B: Backend>(shared: &Arc<Shared<B>>, spec: RestoreSp
 
 impl<B: Backend> Clone<'_, B> {
     async fn start(self, watch: &mut Stopwatch) -> Result<Arc<ProcessVm<B>>, EngineError> {
-        let (backend, limits) = (&self.shared.backend, &self.shared.common.limits);
+        let (backend, limits) = (&self.shared.backend, &self.shared.config.limits);
         let Ready { process, vmm } = match self.shared.pool.take(&self.image.dir) {
             Some(ready) => {
                 watch.lap("process (ready)");

@@ -81,7 +81,7 @@ impl<B: Backend> Core<B> {
     }
 
     pub fn limits(&self) -> &Limits {
-        &self.shared.common.limits
+        &self.shared.config.limits
     }
 
     /// `false` if it had ended before.

@@ -25,11 +25,11 @@ use self::{
     control::{Control, ControlError},
 };
 pub use self::probe::{Probe, probe};
-pub use crate::host::{Limits, PoolConfig, process};
+pub use crate::host::{HostConfig, Limits, PoolConfig, process};
 use crate::{
     engine::{EngineError, Usage},
     host::{
-        Backend, Common, Image, Load, ProcessEngine, ProcessVm, Role, Save, SavedParts, Stopwatch,
+        Backend, Image, Load, ProcessEngine, ProcessVm, Role, Save, SavedParts, Stopwatch,
         backend::{DIFFERENCE, STATE, state_file},
         bad_snapshot,
         cpu::Cpu,
@@ -45,18 +45,8 @@ use crate::{
 pub struct KvmConfig {
     /// `dormouse-vmm`, by path or by name.
     pub vmm: PathBuf,
-    /// Kernel to boot (bzImage, or an ELF with a PVH note). Only a boot needs it.
-    pub kernel: PathBuf,
-    /// Initramfs with the guest agent. Only a boot needs it.
-    pub initrd: PathBuf,
-    /// Stands for kernel and initramfs in manifests.
-    pub guest_fingerprint: String,
-    /// Where processes have their own directories; one engine at a time uses it.
-    pub run_dir: PathBuf,
-    /// Ready processes.
-    pub pool: PoolConfig,
-    /// Deadlines.
-    pub limits: Limits,
+    /// What every engine has.
+    pub host: HostConfig,
 }
 
 /// See the module.
@@ -103,14 +93,14 @@ const KERNEL_ARGUMENTS: &str = "console=ttyS0 quiet loglevel=4 panic=-1 reboot=k
 impl KvmEngine {
     /// Looks whether the VMM is there and `/dev/kvm` may be used. Starts no microVM.
     pub async fn new(config: KvmConfig) -> Result<Self, EngineError> {
-        let KvmConfig { vmm, kernel, initrd, guest_fingerprint, run_dir, pool, limits } = config;
+        let KvmConfig { vmm, host } = config;
         let version = version(&vmm, "dormouse-vmm ", MISSING).await?;
         open_kvm()?;
         let cpu = Cpu::of_host();
         let [vendor, family, model, stepping] = ["vendor_id", "cpu family", "model", "stepping"].map(|field| cpu.field(field));
         let cpu = format!("{vendor} family {family} model {model} stepping {stepping}, features {}", cpu.features_hash());
-        let backend = Kvm { program: vmm, kernel: kernel.clone(), initrd: initrd.clone(), limits, version, cpu };
-        Self::over(backend, Common { kernel, initrd, guest_fingerprint, run_dir, pool, limits })
+        let (kernel, initrd, limits) = (host.kernel.clone(), host.initrd.clone(), host.limits);
+        Self::over(Kvm { program: vmm, kernel, initrd, limits, version, cpu }, host)
     }
 
     /// The version of the VMM that was found.

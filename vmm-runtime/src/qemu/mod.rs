@@ -28,11 +28,11 @@ use self::{
     memory::{Mapping, WriteError},
     qmp::{Qmp, QmpError},
 };
-pub use crate::host::{Limits, PoolConfig, process};
+pub use crate::host::{HostConfig, Limits, PoolConfig, process};
 use crate::{
     engine::{EngineError, Usage},
     host::{
-        Backend, Common, Image, Load, ProcessEngine, ProcessVm, Role, Save, SavedParts, Stopwatch,
+        Backend, Image, Load, ProcessEngine, ProcessVm, Role, Save, SavedParts, Stopwatch,
         backend::{DIFFERENCE, STATE, state_file},
         bad_snapshot, blocking,
         cpu::Cpu,
@@ -53,18 +53,8 @@ pub struct QemuConfig {
     pub qemu: PathBuf,
     /// How guest code is run.
     pub accel: Accel,
-    /// Kernel to boot (bzImage, or an ELF with a PVH note). Only a boot needs it.
-    pub kernel: PathBuf,
-    /// Initramfs with the guest agent. Only a boot needs it.
-    pub initrd: PathBuf,
-    /// Stands for kernel and initramfs in manifests.
-    pub guest_fingerprint: String,
-    /// Where processes have their own directories; one engine at a time uses it.
-    pub run_dir: PathBuf,
-    /// Ready processes.
-    pub pool: PoolConfig,
-    /// Deadlines.
-    pub limits: Limits,
+    /// What every engine has.
+    pub host: HostConfig,
 }
 
 /// See the module.
@@ -113,10 +103,10 @@ fn host_cpu(accel: Accel) -> String {
 impl QemuEngine {
     /// Looks whether QEMU is there. Starts no microVM.
     pub async fn new(config: QemuConfig) -> Result<Self, EngineError> {
-        let QemuConfig { qemu, accel, kernel, initrd, guest_fingerprint, run_dir, pool, limits } = config;
+        let QemuConfig { qemu, accel, host } = config;
         let version = version(&qemu, "QEMU emulator version ", MISSING).await?;
-        let backend = Qemu { program: qemu, accel, kernel: kernel.clone(), initrd: initrd.clone(), limits, version, cpu: host_cpu(accel) };
-        Self::over(backend, Common { kernel, initrd, guest_fingerprint, run_dir, pool, limits })
+        let (kernel, initrd, limits) = (host.kernel.clone(), host.initrd.clone(), host.limits);
+        Self::over(Qemu { program: qemu, accel, kernel, initrd, limits, version, cpu: host_cpu(accel) }, host)
     }
 
     /// The version of QEMU that was found.

@@ -9,13 +9,16 @@ use std::{
     env, fs,
     path::{Path, PathBuf},
     process::Command,
+    sync::Arc,
 };
 
+use async_trait::async_trait;
 use model::MicrovmId;
 use vmm_runtime::{
-    conformance::HTTP,
-    engine::{AppSpec, LaunchSpec},
+    conformance::{self, Bench, HTTP},
+    engine::{AppSpec, Engine, LaunchSpec},
     guest_kit::{self, GuestKit},
+    qemu::{HostConfig, Limits, PoolConfig, process::Process},
 };
 
 /// Length of a root disk.
@@ -87,32 +90,97 @@ impl Guests {
             None => make_disk(self.dir.path(), to, DISK_BYTES),
         }
     }
+}
 
-    /// A new microVM of the image in the suite's place.
+/// Starts engines of one kind.
+#[async_trait]
+pub trait Start: Send + Sync {
+    /// The kind.
+    type Started: Engine;
+
+    /// One as after a start of `serve`.
+    async fn start(&self, host: HostConfig) -> Self::Started;
+}
+
+/// A bench with real guests.
+pub struct GuestBench<S> {
+    pub guests: Guests,
+    pub limits: Limits,
+    pub start: S,
+}
+
+impl<S: Start> GuestBench<S> {
+    pub fn new(guests: Guests, start: S) -> Self {
+        Self { guests, limits: Limits::default(), start }
+    }
+
+    pub fn run_dir(&self) -> PathBuf {
+        self.work_dir().join("run")
+    }
+
+    pub async fn start(&self) -> S::Started {
+        let GuestKit { kernel, initrd, fingerprint } = self.guests.kit.clone();
+        let pool = PoolConfig { per_image: 1, total: 4 };
+        let host = HostConfig { kernel, initrd, guest_fingerprint: fingerprint, run_dir: self.run_dir(), pool, limits: self.limits };
+        self.start.start(host).await
+    }
+
+    /// A new microVM of the suite's image.
     pub fn microvm(&self) -> LaunchSpec {
         let id = MicrovmId::random();
-        let dir = self.dir.path().join(id.to_string());
+        let dir = self.work_dir().join(id.to_string());
         fs::create_dir(&dir).unwrap();
-        LaunchSpec { id, dir, image_dir: self.dir.path().join("image"), identity: Default::default() }
+        LaunchSpec { id, dir, image_dir: self.work_dir().join("image"), identity: Default::default() }
+    }
+
+    /// The whole suite.
+    pub async fn conforms(self) {
+        let _sweep = self.sweep_at_end();
+        conformance::run_all(&self).await;
+        let left = Process::find_all(&self.run_dir()).unwrap();
+        assert!(left.is_empty(), "processes were left behind: {left:?}");
+    }
+
+    /// Ends every process of the bench, also when a check has panicked.
+    pub fn sweep_at_end(&self) -> SweepAtEnd {
+        SweepAtEnd(self.run_dir())
     }
 }
 
-/// Ends every process of a run directory, also when a check has panicked.
-pub struct SweepAtEnd(pub PathBuf);
+#[async_trait]
+impl<S: Start> Bench for GuestBench<S> {
+    async fn engine(&self) -> Arc<dyn Engine> {
+        Arc::new(self.start().await)
+    }
+
+    fn work_dir(&self) -> &Path {
+        self.guests.dir.path()
+    }
+
+    async fn root_disk(&self, to: &Path) {
+        self.guests.root_disk(to);
+    }
+
+    fn app(&self) -> AppSpec {
+        let env = [("PATH", "/bin"), ("HOME", "/root")].map(|(name, value)| (name.to_owned(), value.to_owned())).into();
+        AppSpec { argv: vec!["/app".into()], env, workdir: "/".into(), user: String::new(), exposed: vec![HTTP] }
+    }
+
+    fn guests(&self) -> conformance::Guests {
+        conformance::Guests::Real
+    }
+}
+
+/// See [`GuestBench::sweep_at_end`].
+pub struct SweepAtEnd(PathBuf);
 
 impl Drop for SweepAtEnd {
     fn drop(&mut self) {
         // Within the test's runtime; what is only signalled here is gone soon after.
-        for process in vmm_runtime::qemu::process::Process::find_all(&self.0).unwrap_or_default() {
+        for process in Process::find_all(&self.0).unwrap_or_default() {
             process.signal_kill();
         }
     }
-}
-
-/// How the app is started from a root disk of ours.
-pub fn app() -> AppSpec {
-    let env = [("PATH", "/bin"), ("HOME", "/root")].map(|(name, value)| (name.to_owned(), value.to_owned())).into();
-    AppSpec { argv: vec!["/app".into()], env, workdir: "/".into(), user: String::new(), exposed: vec![HTTP] }
 }
 
 fn make_disk(work_dir: &Path, to: &Path, bytes: u64) {
