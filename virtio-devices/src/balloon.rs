@@ -43,8 +43,8 @@ const DEFLATE: usize = 1;
 const REPORTING: usize = 2;
 /// Pages of one inflate request that count. Linux lists 256 at a time.
 const MAX_PAGES: u64 = 4096;
-/// There was more than one call may do.
-const MORE_TOKEN: u32 = FIRST_OWN_TOKEN;
+/// Look at the queues without a kick.
+const RESUMED_TOKEN: u32 = FIRST_OWN_TOKEN;
 
 /// What the guest gave back. Only grows.
 #[derive(Debug, Default)]
@@ -62,7 +62,7 @@ pub struct Balloon {
     interrupt: Option<Interrupt>,
     discard: Discard,
     counters: Arc<Counters>,
-    more: Bell,
+    resumed: Bell,
     /// Size that the host wants, in pages.
     target: u32,
     /// Size that the driver says it has, in pages. Only ever shown back.
@@ -81,8 +81,8 @@ impl Balloon {
     /// # Errors
     /// The host has no more descriptors.
     pub fn new(discard: Discard, watch: &Watch) -> io::Result<Self> {
-        let more = Bell::new(watch, MORE_TOKEN)?;
-        Ok(Self { active: None, interrupt: None, discard, counters: Arc::default(), more, target: 0, actual: 0 })
+        let resumed = Bell::new(watch, RESUMED_TOKEN)?;
+        Ok(Self { active: None, interrupt: None, discard, counters: Arc::default(), resumed, target: 0, actual: 0 })
     }
 
     /// Asks the driver to make the balloon this large, in [`PAGE_BYTES`]. It does so in its own time.
@@ -156,6 +156,7 @@ impl Balloon {
     fn serve_queue(&self, active: &mut Resources, index: usize) -> Result<(), Broken> {
         let Resources { memory, queues, interrupt, .. } = active;
         let queue = &mut queues[index];
+        // No more than there can have been when the kick was read; what came later has a kick of its own.
         for _ in 0..QUEUE_SIZE {
             let Some(chain) = chain::next(queue, memory)? else { return Ok(()) };
             match index {
@@ -166,9 +167,6 @@ impl Balloon {
             }
             chain::complete(queue, memory, chain.head, 0)?;
             chain::notify(queue, memory, interrupt)?;
-        }
-        if chain::has_next(queue, memory) {
-            self.more.ring();
         }
         Ok(())
     }
@@ -235,7 +233,7 @@ impl VirtioDevice for Balloon {
 
     fn resume(&mut self) {
         // In the event loop, where a broken ring can be reported.
-        self.more.ring();
+        self.resumed.ring();
     }
 
     fn save(&mut self) -> Vec<u8> {

@@ -21,14 +21,14 @@ pub const MAX_REQUEST_BYTES: u64 = 64 * 1024;
 const NAME: &str = "rng";
 const QUEUE_SIZE: u16 = 64;
 const PIECE_BYTES: usize = 4096;
-/// There was more than one call may do.
-const MORE_TOKEN: u32 = FIRST_OWN_TOKEN;
+/// Look at the queues without a kick.
+const RESUMED_TOKEN: u32 = FIRST_OWN_TOKEN;
 
 /// The entropy device.
 #[derive(Debug)]
 pub struct Rng {
     active: Option<Resources>,
-    more: Bell,
+    resumed: Bell,
 }
 
 impl Rng {
@@ -37,12 +37,13 @@ impl Rng {
     /// # Errors
     /// The host has no more descriptors.
     pub fn new(watch: &Watch) -> io::Result<Self> {
-        Ok(Self { active: None, more: Bell::new(watch, MORE_TOKEN)? })
+        Ok(Self { active: None, resumed: Bell::new(watch, RESUMED_TOKEN)? })
     }
 
     fn serve(&mut self) -> Result<(), Broken> {
         let Some(Resources { memory, queues, interrupt, .. }) = &mut self.active else { return Ok(()) };
         let Some(queue) = queues.first_mut() else { return Ok(()) };
+        // No more than there can have been when the kick was read; what came later has a kick of its own.
         for _ in 0..QUEUE_SIZE {
             let Some(chain) = chain::next(queue, memory)? else { return Ok(()) };
             if chain.writable.is_empty() {
@@ -52,9 +53,6 @@ impl Rng {
             let filled = fill(&chain.writable, memory).inspect_err(|_| chain::put_back(queue))?;
             chain::complete(queue, memory, chain.head, filled)?;
             chain::notify(queue, memory, interrupt)?;
-        }
-        if chain::has_next(queue, memory) {
-            self.more.ring();
         }
         Ok(())
     }
@@ -123,7 +121,7 @@ impl VirtioDevice for Rng {
 
     fn resume(&mut self) {
         // In the event loop, where a broken ring can be reported.
-        self.more.ring();
+        self.resumed.ring();
     }
 
     fn save(&mut self) -> Vec<u8> {

@@ -185,6 +185,9 @@ impl Blocks {
         if u64_at(24) != disk_bytes {
             return Err(MapError::Disk { found: u64_at(24), expected: disk_bytes });
         }
+        if u32_at(20) != 0 {
+            return Err(MapError::Damaged("a field that is not used is not zero"));
+        }
         let mut blocks = Self::none(disk_bytes);
         let n_runs = u64_at(32);
         // Every second block is the most there can be; this bounds the time that a table takes.

@@ -305,20 +305,41 @@ fn each_rule_of_the_ring_is_kept() {
 }
 
 #[test]
-fn a_loop_of_nothing_in_the_largest_table_is_found_at_once() {
-    let memory = memory();
-    let mut rig = Kind::Rng.rig(memory.clone());
-    let mut ring = rig.start(16, 1).remove(0);
-    // 12 MiB of descriptors of no length, each naming the next as far as its 16 bits go.
-    let entries = (12 << 20) / 16;
-    for at in 0..=u64::from(u16::MAX) {
-        write_descriptor(&memory, 0x40_0000 + at * 16, 0, 0, NEXT | WRITE, (at as u16).wrapping_add(1));
+fn a_chain_has_1024_buffers_at_most() {
+    for (buffers, broken) in [(1024, 0), (1025, NEEDS_RESET)] {
+        let memory = memory();
+        let mut rig = Kind::Rng.rig(memory.clone());
+        let mut ring = rig.start(16, 1).remove(0);
+        // No length or a byte, it is all the same.
+        let parts: Vec<_> = (0..buffers).map(|at| (BUFFERS + at, (at % 2) as u32, true)).collect();
+        ring.add_indirect(&memory, 0x40_0000, &parts);
+        rig.kick(&ring);
+        rig.settle();
+        assert_eq!(rig.read(STATUS) & NEEDS_RESET, broken, "{buffers}");
+        is_whole(&mut rig, Kind::Rng);
     }
-    ring.describe(&memory, 0, 0x40_0000, entries * 16, INDIRECT, 0);
-    ring.offer(&memory, 0);
-    rig.kick(&ring);
-    rig.settle();
-    assert_ne!(rig.read(STATUS) & NEEDS_RESET, 0);
+}
+
+/// A device may be saved between the moment its worker sees the broken rule and the moment the driver is told.
+#[test]
+fn a_broken_ring_is_still_broken_after_a_restore() {
+    for turns in 0..4 {
+        let memory = memory();
+        let mut rig = Kind::Block.rig(memory.clone());
+        let mut ring = rig.start(16, 1).remove(0);
+        ring.offer(&memory, 16);
+        rig.kick(&ring);
+        for _ in 0..turns {
+            rig.turn(Duration::from_millis(1));
+        }
+        rig.transport.pause();
+        let state = rig.transport.save();
+        let mut next = Kind::Block.rig(memory.clone());
+        next.transport.restore(&state).unwrap();
+        next.transport.resume();
+        next.until("the device to need a reset", |rig| rig.read(STATUS) & NEEDS_RESET != 0);
+        is_whole(&mut next, Kind::Block);
+    }
 }
 
 #[test]
