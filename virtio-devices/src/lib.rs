@@ -5,5 +5,12 @@
 //! hostile: every index, length and address that it gives is checked before it is used, and a driver that breaks the rules
 //! gets `DEVICE_NEEDS_RESET`, never a panic.
 
+pub mod balloon;
+mod bell;
+pub mod block;
+mod chain;
 pub mod device;
+pub mod net;
+pub mod rng;
 pub mod transport;
+pub mod vsock;
