@@ -218,6 +218,7 @@ mod slot {
 const OWN: u32 = u32::MAX;
 /// Events that are taken at a time; the rest is there the next time.
 const EVENTS: usize = 64;
+const STOPPED: &str = "the guest has stopped for good";
 /// A kernel or an initramfs; larger is not one.
 const MAX_BOOT_FILE: u64 = 1 << 30;
 
@@ -255,6 +256,8 @@ pub struct Machine {
     epoll: Arc<OwnedFd>,
     stops: mpsc::Receiver<String>,
     stopped: EventFd,
+    /// How the guest ended, from when it is known until [`Machine::dispatch`] has said it.
+    untold: Option<Stopped>,
     process_files: ProcessFiles,
     counters: usage::Counters,
 }
@@ -320,7 +323,7 @@ impl Machine {
             Phase::Paused => {}
             Phase::Ready => return Err(MachineError::request("there is no guest in this machine yet")),
             Phase::Spoilt => return Err(MachineError::request("the restore into this machine failed")),
-            Phase::Stopped => return Err(MachineError::request("the guest has stopped for good")),
+            Phase::Stopped => return Err(MachineError::request(STOPPED)),
         }
         // Devices first: what they raise meets vCPUs that still stand, and is pending when those start.
         for device in self.bus.virtio.iter().flatten() {
@@ -342,7 +345,19 @@ impl Machine {
         }
         self.stop_all()?;
         self.phase = Phase::Paused;
+        // It may have ended itself just now. Such a guest must not be saved: it would be restored behind its own end.
+        self.look_for_end();
         Ok(())
+    }
+
+    /// The first vCPU to stop says why.
+    fn look_for_end(&mut self) {
+        if let Ok(how) = self.stops.try_recv()
+            && self.phase != Phase::Stopped
+        {
+            self.phase = Phase::Stopped;
+            self.untold = Some(Stopped { how });
+        }
     }
 
     /// vCPUs first, so that no device is entered any more; all are asked before the first is waited for.
@@ -362,8 +377,10 @@ impl Machine {
     /// Writes out a paused machine and syncs the files; it stays paused and may go on, whatever happened. `cancelled` is asked
     /// between pieces of work of a few milliseconds; `true` gives up with [`Fault::Cancelled`].
     pub fn save(&mut self, state: File, parts: SaveParts, cancelled: &mut dyn FnMut() -> bool) -> Result<SavedMachine, MachineError> {
-        if self.phase != Phase::Paused {
-            return Err(MachineError::request("only a paused guest can be saved"));
+        match self.phase {
+            Phase::Paused => {}
+            Phase::Stopped => return Err(MachineError::request(STOPPED)),
+            _ => return Err(MachineError::request("only a paused guest can be saved")),
         }
         save::save(self, &state, parts, cancelled)
     }
@@ -399,12 +416,11 @@ impl Machine {
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
         // Interrupted: it will be readable again.
         let (ready, _) = epoll::wait(&self.epoll, &mut events, Some(&now)).ok()?;
-        let mut stopped = false;
         for event in ready {
             match Watch::decode(event.data.u64()) {
                 (OWN, _) => {
                     let _ = self.stopped.read();
-                    stopped = true;
+                    self.look_for_end();
                 }
                 (slot, token) => {
                     if let Some(Some(device)) = self.bus.virtio.get(slot as usize) {
@@ -413,19 +429,11 @@ impl Machine {
                 }
             }
         }
-        if !stopped {
-            return None;
-        }
-        // The first to stop says why; the others are stopped here.
-        let how = self.stops.try_recv().ok()?;
-        if self.phase == Phase::Stopped {
-            return None;
-        }
-        self.phase = Phase::Stopped;
+        let stopped = self.untold.take()?;
         if let Err(error) = self.stop_all() {
             tracing::warn!(%error, "the guest has stopped, but not all of its vCPUs");
         }
-        Some(Stopped { how })
+        Some(stopped)
     }
 
     fn device<T>(&self, slot: usize, f: impl FnOnce(&mut MmioTransport) -> T) -> Option<T> {

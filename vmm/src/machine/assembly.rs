@@ -93,5 +93,5 @@ pub fn assemble(shell: Shell) -> Result<Machine, MachineError> {
     let ring = stopped.try_clone().map_err(|error| MachineError::host("making an event descriptor", &error))?;
     let bus = Arc::new(Bus::new(Console::new(line(layout::COM1_GSI)?), Power::new(line(layout::ACPI_GSI)?), virtio, ram.memory().clone(), stops, ring));
     let vcpus = (0..vcpus).map(|vcpu| Vcpu::new(&vm, vcpu, bus.clone(), &confine)).collect::<Result<Vec<_>, _>>().map_err(kvm_failed)?;
-    Ok(Machine { vcpus, bus, vm, ram, identities: Vec::new(), phase: Phase::Ready, disk_bytes, epoll, stops: heard, stopped, process_files, counters })
+    Ok(Machine { vcpus, bus, vm, ram, identities: Vec::new(), phase: Phase::Ready, disk_bytes, epoll, stops: heard, stopped, untold: None, process_files, counters })
 }

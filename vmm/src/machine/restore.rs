@@ -85,10 +85,11 @@ pub fn restore(machine: &mut Machine, restore: Restore) -> Result<Phases, Machin
     }
     steps.done("parse");
 
+    // A guest that runs on shared memory would write into its image.
+    if machine.ram.memory_use() != MemoryUse::Private {
+        return Err(MachineError::request("a restored guest's memory must be private"));
+    }
     if let Some(difference) = &difference {
-        if machine.ram.memory_use() != MemoryUse::Private {
-            return Err(MachineError::request("a memory difference goes over private memory only"));
-        }
         difference::lay_over(&machine.ram, difference).map_err(|error| {
             let fault = if matches!(error, DiffError::Sink(_) | DiffError::Read(_)) { Fault::Host } else { Fault::Snapshot };
             MachineError::new(fault, "restoring guest memory", &error)

@@ -52,20 +52,18 @@ fn doing(doing: &'static str) -> impl Fn(io::Error) -> WriteError {
 pub fn lay_over(memory: &GuestRam, file: &File) -> Result<(), DiffError> {
     let mut source: &File = file;
     let mut reader = Reader::open(&mut source, memory.pages())?;
-    let mapped = |runs: &[vmm_protocol::memdiff::Run]| {
-        // With more long runs than mappings, the longest would be the best choice; such a difference is rare enough to copy
-        // whatever comes after the limit.
-        let mut left = MAX_MAPPED_RUNS;
-        runs.iter()
-            .map(|run| {
-                let map = run.kind == Kind::Zero || (run.pages >= MAP_FROM_PAGES && left > 0);
-                left -= usize::from(map && left > 0);
-                map
-            })
-            .collect::<Vec<bool>>()
-    };
     let runs = reader.runs().to_vec();
-    let mapped = mapped(&runs);
+    // With more long runs than mappings, the longest would be the best choice; such a difference is rare enough to copy whatever
+    // comes after the limit.
+    let mut left = MAX_MAPPED_RUNS;
+    let mapped: Vec<bool> = runs
+        .iter()
+        .map(|run| {
+            let map = run.pages >= MAP_FROM_PAGES && left > 0;
+            left -= usize::from(map);
+            map
+        })
+        .collect();
     // One pass over the payload checks all of it and copies the runs that are to be copied; the others are mapped afterwards, so
     // nothing is mapped that was not found right.
     let mut at = 0;
@@ -79,13 +77,12 @@ pub fn lay_over(memory: &GuestRam, file: &File) -> Result<(), DiffError> {
     for (run, mapped) in runs.iter().zip(mapped) {
         let (offset, bytes) = (u64::from(run.first) * PAGE, u64::from(run.pages) * PAGE);
         match run.kind {
-            Kind::Zero => memory.map_over(offset, bytes, None).map_err(DiffError::Sink)?,
-            Kind::Data => {
-                if mapped {
-                    memory.map_over(offset, bytes, Some((file, payload))).map_err(DiffError::Sink)?;
-                }
-                payload += bytes;
-            }
+            Kind::Zero if mapped => memory.map_over(offset, bytes, None).map_err(DiffError::Sink)?,
+            Kind::Data if mapped => memory.map_over(offset, bytes, Some((file, payload))).map_err(DiffError::Sink)?,
+            _ => {}
+        }
+        if run.kind == Kind::Data {
+            payload += bytes;
         }
     }
     Ok(())

@@ -67,17 +67,33 @@ struct Piece {
     guest: u64,
 }
 
+/// Mappings that discards may bring about; the kernel's limit for a whole process is 65530, and at the limit this process's
+/// own allocator would fail. A guest that gives back every second page gets there; one that gives back what is free does not.
+const MAX_EDGES: u64 = 32 * 1024;
+
 /// Pages that are mapped from something else than the memory file: one bit for each.
 #[derive(Debug, Default)]
 struct Overlaid {
     bits: Vec<u64>,
+    /// Pages whose bit differs from that of the page before: about as many mappings there are.
+    edges: u64,
 }
 
 impl Overlaid {
+    fn get(&self, page: u64) -> bool {
+        self.bits.get((page / 64) as usize).is_some_and(|bits| bits >> (page % 64) & 1 == 1)
+    }
+
+    fn edges(&self, pages: std::ops::RangeInclusive<u64>) -> u64 {
+        pages.filter(|page| self.get(*page) != page.checked_sub(1).is_some_and(|before| self.get(before))).count() as u64
+    }
+
     fn set(&mut self, first: u64, pages: u64) {
+        let before = self.edges(first..=first + pages);
         for page in first..first + pages {
             self.bits[(page / 64) as usize] |= 1 << (page % 64);
         }
+        self.edges = self.edges + self.edges(first..=first + pages) - before;
     }
 }
 
@@ -127,7 +143,7 @@ impl GuestRam {
             // SAFETY: the range is one whole mapping of ours.
             unsafe { libc::madvise(piece.host as *mut libc::c_void, piece.bytes as usize, libc::MADV_DONTDUMP) };
         }
-        let overlaid = Overlaid { bits: vec![0; (bytes / PAGE).div_ceil(64) as usize] };
+        let overlaid = Overlaid { bits: vec![0; (bytes / PAGE).div_ceil(64) as usize], edges: 0 };
         Ok(Self { memory: Arc::new(memory), pieces, bytes, memory_use, file, overlaid: Mutex::new(overlaid) })
     }
 
@@ -230,7 +246,12 @@ impl GuestRam {
         }
         let Some(offset) = self.offset_of(begin, end - begin) else { return Ok(()) };
         match self.memory_use {
-            MemoryUse::Private => self.map_over(offset, end - begin, None),
+            MemoryUse::Private => {
+                if self.overlaid.lock().unwrap_or_else(PoisonError::into_inner).edges >= MAX_EDGES {
+                    return Err(io::Error::other("the guest gives its memory back in too many pieces"));
+                }
+                self.map_over(offset, end - begin, None)
+            }
             MemoryUse::Shared => {
                 // SAFETY: the descriptor is our file's; the range lies within it.
                 let punched = unsafe {
