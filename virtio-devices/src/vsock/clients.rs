@@ -23,8 +23,6 @@ pub(super) const MAX_CLIENTS: usize = 64;
 pub(super) const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 /// `CONNECT 4294967295\n` has 19.
 const MAX_LINE: usize = 32;
-/// How soon accepting is tried again when the host had no descriptor left.
-const ACCEPT_AGAIN: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
 struct Client {
@@ -109,15 +107,15 @@ impl Clients {
         self.waiting = true;
     }
 
-    /// When [`Clients::sweep`] is due.
-    pub fn deadline(&self) -> Option<Instant> {
-        self.places.iter().flatten().map(|client| client.deadline).min()
+    /// Whether [`Clients::sweep`] will have something to do.
+    pub fn have_deadlines(&self) -> bool {
+        self.places.iter().any(Option::is_some)
     }
 
     /// Accepts who waits, while there is room. Clients who have said their port already are handed to `connect`. Answers
-    /// the earliest time at which somebody's patience is to be looked at.
-    pub fn accept(&mut self, now: Instant, mut connect: impl FnMut(u32, OwnedFd)) -> Option<Instant> {
-        let mut look_again = None;
+    /// whether a [`Clients::sweep`] is to follow some time.
+    pub fn accept(&mut self, now: Instant, mut connect: impl FnMut(u32, OwnedFd)) -> bool {
+        let mut sweep_later = false;
         if std::mem::take(&mut self.look_at_all) {
             for token in (self.first_token..).take(self.places.len()) {
                 if let Some((port, socket)) = self.client_ready(token) {
@@ -134,9 +132,8 @@ impl Clients {
                         warn!(%error, "watching a vsock client failed; it is refused");
                         continue;
                     }
-                    let deadline = now + CONNECT_LIMIT;
-                    self.places[place] = Some(Client { socket, deadline });
-                    look_again = look_again.or(Some(deadline));
+                    self.places[place] = Some(Client { socket, deadline: now + CONNECT_LIMIT });
+                    sweep_later = true;
                     // What it said before it was watched makes no edge of its own.
                     if let Some((port, socket)) = self.client_ready(token) {
                         connect(port, socket);
@@ -145,13 +142,14 @@ impl Clients {
                 Err(Errno::INTR | Errno::CONNABORTED) => {}
                 Err(Errno::AGAIN) => self.waiting = false,
                 Err(error) => {
+                    // The host has no descriptor left, or no memory; a sweep looks again.
                     warn!(%error, "accepting a vsock client failed; trying again");
-                    look_again = Some(now + ACCEPT_AGAIN);
+                    sweep_later = true;
                     break;
                 }
             }
         }
-        look_again
+        sweep_later
     }
 
     fn free_place(&mut self) -> Option<usize> {

@@ -103,7 +103,7 @@ struct Active {
 impl Vsock {
     /// A device that takes clients from `listener`, a listening `SOCK_STREAM` Unix socket. Everything that needs a system
     /// call of its own is made here. Later the event loop uses accept4, recvfrom, sendto, shutdown, poll, epoll_ctl,
-    /// timerfd_settime, fcntl(F_DUPFD_CLOEXEC), write and close for it, and vCPU threads write and close.
+    /// fcntl(F_DUPFD_CLOEXEC), read, write and close for it, and vCPU threads write and close.
     ///
     /// Errors: the host is out of descriptors, or `listener` is no socket.
     pub fn new(listener: OwnedFd, watch: Watch) -> io::Result<Self> {

@@ -8,7 +8,7 @@ use std::{
     io,
     ops::Range,
     os::fd::{AsFd, OwnedFd},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use rustix::{
@@ -42,6 +42,9 @@ const SMALL_WINDOW: u32 = 8 * 1024;
 /// sockets, and are far from all other tokens.
 pub(super) const HOST_PORTS: Range<u32> = 1 << 30..1 << 31;
 
+/// How exactly deadlines are kept.
+const TICK_SECS: i64 = 1;
+
 const LISTENER_TOKEN: u32 = FIRST_OWN_TOKEN;
 const TIMER_TOKEN: u32 = FIRST_OWN_TOKEN + 1;
 /// Of the device: there is more to do.
@@ -69,8 +72,11 @@ pub(super) struct Muxer {
     talkers: VecDeque<u32>,
     orphans: VecDeque<Orphan>,
     next_host_port: u32,
+    /// Runs out every [`TICK_SECS`] seconds, armed once and for good: the event loop may read it, but not set it. Linux lets
+    /// it rest after it has run out until it is read, so that a device without deadlines wakes nobody.
     timer: OwnedFd,
-    timer_at: Option<Instant>,
+    /// Whether the timer was read since it last ran out.
+    ticking: bool,
     /// Bytes from the guest that clients took, and bytes from clients that the guest took.
     pub bytes_from_guest: u64,
     pub bytes_to_guest: u64,
@@ -84,6 +90,8 @@ impl Muxer {
     pub fn new(listener: OwnedFd, watch: Watch) -> io::Result<Self> {
         rustix::io::ioctl_fionbio(&listener, true)?;
         let timer = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK)?;
+        let tick = Timespec { tv_sec: TICK_SECS, tv_nsec: 0 };
+        timerfd_settime(&timer, TimerfdTimerFlags::empty(), &Itimerspec { it_interval: tick, it_value: tick })?;
         watch.add(&timer, TIMER_TOKEN, EventFlags::IN | EventFlags::ET)?;
         Ok(Self {
             clients: Clients::new(listener, watch.clone(), LISTENER_TOKEN, FIRST_CLIENT_TOKEN),
@@ -93,7 +101,7 @@ impl Muxer {
             orphans: VecDeque::new(),
             next_host_port: HOST_PORTS.start,
             timer,
-            timer_at: None,
+            ticking: false,
             bytes_from_guest: 0,
             bytes_to_guest: 0,
             #[cfg(test)]
@@ -125,8 +133,8 @@ impl Muxer {
             self.settle(port);
         }
         // It may have run out unheard.
-        self.timer_at = None;
-        self.set_timer(now);
+        self.ticking = false;
+        self.tick_if_needed();
     }
 
     fn stream_interest() -> EventFlags {
@@ -157,7 +165,11 @@ impl Muxer {
         let now = Instant::now();
         match token {
             LISTENER_TOKEN => self.clients.listener_ready(),
-            TIMER_TOKEN => self.sweep(now),
+            TIMER_TOKEN => {
+                self.ticking = false;
+                self.sweep(now);
+                self.tick_if_needed();
+            }
             port if HOST_PORTS.contains(&port) => {
                 // An edge may be left over from a stream that has ended.
                 if let Some(connection) = self.connections.get_mut(&port) {
@@ -179,8 +191,8 @@ impl Muxer {
     /// Lets in who waits, as far as there is room.
     fn accept(&mut self, now: Instant) {
         let mut said = Vec::new();
-        if let Some(when) = self.clients.accept(now, |port, socket| said.push((port, socket))) {
-            self.wake_by(when, now);
+        if self.clients.accept(now, |port, socket| said.push((port, socket))) {
+            self.tick();
         }
         for (port, socket) in said {
             self.connect(port, socket);
@@ -236,8 +248,8 @@ impl Muxer {
             connection.queued = true;
             self.talkers.push_back(port);
         }
-        if let Some(deadline) = connection.deadline {
-            self.wake_by(deadline, Instant::now());
+        if connection.deadline.is_some() {
+            self.tick();
         }
     }
 
@@ -295,7 +307,6 @@ impl Muxer {
 
     /// Ends what is out of time.
     fn sweep(&mut self, now: Instant) {
-        self.timer_at = None;
         self.clients.sweep(now);
         let late: Vec<u32> = self.connections.values().filter(|it| it.deadline.is_some_and(|deadline| deadline <= now)).map(|it| it.host_port).collect();
         for port in late {
@@ -306,27 +317,20 @@ impl Muxer {
                 self.settle(port);
             }
         }
-        self.set_timer(now);
     }
 
-    fn set_timer(&mut self, now: Instant) {
-        let streams = self.connections.values().filter_map(|connection| connection.deadline).min();
-        if let Some(first) = streams.into_iter().chain(self.clients.deadline()).min() {
-            self.wake_by(first, now);
+    fn tick_if_needed(&mut self) {
+        if self.clients.have_deadlines() || self.connections.values().any(|connection| connection.deadline.is_some()) {
+            self.tick();
         }
     }
 
-    fn wake_by(&mut self, when: Instant, now: Instant) {
-        if self.timer_at.is_some_and(|set| set <= when) {
-            return;
-        }
-        // Zero would disarm it.
-        let span = when.saturating_duration_since(now).max(Duration::from_millis(1));
-        let it_value = Timespec { tv_sec: span.as_secs() as i64, tv_nsec: span.subsec_nanos().into() };
-        let it_interval = Timespec { tv_sec: 0, tv_nsec: 0 };
-        match timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &Itimerspec { it_interval, it_value }) {
-            Ok(_) => self.timer_at = Some(when),
-            Err(error) => warn!(%error, "setting the vsock timer failed"),
+    /// Has the event loop hear the timer once more.
+    fn tick(&mut self) {
+        if !self.ticking {
+            // Nothing to read: it has not run out yet, and will be heard all the same.
+            let _ = rustix::io::read(&self.timer, &mut [0; 8]);
+            self.ticking = true;
         }
     }
 
