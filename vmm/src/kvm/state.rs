@@ -124,7 +124,10 @@ impl VcpuState {
         // Holds the base and mode of the local APIC, which decide how LAPIC below is understood.
         vcpu.set_sregs(&self.sregs).doing("KVM_SET_SREGS")?;
         write_xsave(vcpu, &abilities, &self.xsave)?;
-        vcpu.set_xcrs(&self.xcrs).doing("KVM_SET_XCRS")?;
+        // A processor without XSAVE has none, and then the call is an error.
+        if self.xcrs.nr_xcrs > 0 {
+            vcpu.set_xcrs(&self.xcrs).doing("KVM_SET_XCRS")?;
+        }
         vcpu.set_debug_regs(&self.debug_regs).doing("KVM_SET_DEBUGREGS")?;
         // Sets the timer's mode and clears its deadline: a deadline that was set before would be lost, and one that is set
         // while the timer is in another mode is silently ignored. So: after SREGS, before MSRs.

@@ -383,3 +383,28 @@ fn several_vcpus_stop_together() {
     let before = counter_in(&memory);
     until_counted(&mut clone, before + 3);
 }
+
+/// Not a test: `cargo test --release -p vmm --test machine -- --ignored --nocapture` prints what a restore takes.
+#[test]
+#[ignore = "prints times"]
+fn time_of_a_restore() {
+    if kvm().is_none() {
+        return;
+    }
+    let image = Image::make();
+    let mut times: Vec<(Duration, Duration, Duration, vmm::machine::Phases)> = (0..51)
+        .map(|_| {
+            let begin = Instant::now();
+            let mut machine = machine(&image.memory, MemoryUse::Private);
+            let prepared = begin.elapsed();
+            let phases = machine.restore(image.files(None)).unwrap();
+            let restored = begin.elapsed();
+            machine.run().unwrap();
+            until_counted(&mut machine, image.count + 1);
+            (begin.elapsed(), prepared, restored, phases)
+        })
+        .collect();
+    times.sort();
+    let (answered, prepared, restored, phases) = &times[times.len() / 2];
+    println!("median: prepared {prepared:?}, restored {restored:?}, first line {answered:?}; {phases:?}");
+}
