@@ -6,7 +6,7 @@
 
 mod support;
 
-use std::path::PathBuf;
+use std::{path::PathBuf, sync::Arc};
 
 use async_trait::async_trait;
 use model::Generation;
@@ -15,7 +15,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio_util::sync::CancellationToken;
 use vmm_runtime::{
     conformance::{ECHO, Suite},
-    engine::{DialError, Engine, EngineError, Exit, RestoreSpec, SuspendOutcome},
+    engine::{DialError, Engine, EngineError, Exit, GuestStream, RestoreSpec, SuspendOutcome, Vm},
     kvm::{HostConfig, KvmConfig, KvmEngine, KvmVm, Probe, probe},
 };
 
@@ -52,7 +52,7 @@ async fn the_kvm_engine_conforms() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_vmm_that_dies_is_told_and_costs_nothing_that_was_saved() {
+async fn the_connection_to_the_agent_survives_a_sleep_and_a_dead_vmm_costs_nothing_that_was_saved() {
     let Some(bench) = bench().await else { return };
     let _sweep = bench.sweep_at_end();
     let _suite = Suite::prepare(&bench).await;
@@ -61,12 +61,20 @@ async fn a_vmm_that_dies_is_told_and_costs_nothing_that_was_saved() {
     let (id, dir, image_dir) = (spec.id, spec.dir.clone(), spec.image_dir.clone());
     let vm = engine.launch(spec).await.unwrap_or_else(|error| panic!("{error}")).vm;
     let mut stream = vm.dial(ECHO).await.unwrap();
-    stream.write_all(b"before").await.unwrap();
-    stream.read_exact(&mut [0; 6]).await.unwrap();
+    assert!(!kept_its_channel(&vm));
+    let restored = RestoreSpec { id, dir: dir.clone(), image_dir, generation: Generation(1), predecessor: Some(vm.clone()), identity: Default::default() };
+    echo(&mut stream, b"before").await;
     assert!(matches!(vm.suspend(CancellationToken::new()).await, Ok(SuspendOutcome::Suspended(_))));
-
-    let restored = RestoreSpec { id, dir: dir.clone(), image_dir, generation: Generation(1), predecessor: None, identity: Default::default() };
     let vm = engine.restore(restored.clone()).await.unwrap_or_else(|error| panic!("{error}")).vm;
+    echo(&mut stream, b"after").await;
+    assert!(kept_its_channel(&vm));
+    let usage = vm.usage().await;
+    assert!(usage.exits > 0 && usage.stream_sent_bytes > 0 && usage.peak_bytes > 0, "{usage:?}");
+
+    assert!(matches!(vm.suspend(CancellationToken::new()).await, Ok(SuspendOutcome::Suspended(_))));
+    let restored = RestoreSpec { generation: Generation(2), predecessor: None, ..restored };
+    let vm = engine.restore(restored.clone()).await.unwrap_or_else(|error| panic!("{error}")).vm;
+    assert!(!kept_its_channel(&vm));
     let pid = vm.as_any().downcast_ref::<KvmVm>().unwrap().pid();
     kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL).unwrap();
     assert!(matches!(vm.exited().await, Exit::Vmm { .. }));
@@ -74,10 +82,21 @@ async fn a_vmm_that_dies_is_told_and_costs_nothing_that_was_saved() {
     assert!(matches!(vm.suspend(CancellationToken::new()).await, Err(EngineError::Ended { .. })));
     vm.kill().await;
 
-    assert_eq!(engine.committed(dir).await.unwrap().unwrap().generation, Generation(0));
-    let vm = engine.restore(RestoreSpec { generation: Generation(2), ..restored }).await.unwrap_or_else(|error| panic!("{error}")).vm;
-    let usage = vm.usage().await;
-    assert!(usage.exits > 0 && usage.stream_sent_bytes > 0 && usage.peak_bytes > 0, "{usage:?}");
+    assert_eq!(engine.committed(dir).await.unwrap().unwrap().generation, Generation(1));
+    let vm = engine.restore(RestoreSpec { generation: Generation(3), ..restored }).await.unwrap_or_else(|error| panic!("{error}")).vm;
+    let mut stream = vm.dial(ECHO).await.unwrap();
+    echo(&mut stream, b"again").await;
     vm.kill().await;
     engine.close().await;
+}
+
+fn kept_its_channel(vm: &Arc<dyn Vm>) -> bool {
+    vm.as_any().downcast_ref::<KvmVm>().unwrap().kept_its_channel()
+}
+
+async fn echo(stream: &mut GuestStream, bytes: &[u8]) {
+    stream.write_all(bytes).await.unwrap();
+    let mut answer = vec![0; bytes.len()];
+    stream.read_exact(&mut answer).await.unwrap();
+    assert_eq!(answer, bytes);
 }

@@ -222,6 +222,11 @@ impl<B: Backend> ProcessVm<B> {
         &self.core
     }
 
+    /// The connection to the VMM.
+    pub(crate) fn vmm(&self) -> &B::Vmm {
+        &self.core.vmm
+    }
+
     /// Number of the VMM process.
     pub fn pid(&self) -> i32 {
         self.core.process.pid()

@@ -6,6 +6,7 @@
 use std::{
     io,
     os::{fd::OwnedFd, unix::net::UnixStream as StdStream},
+    sync::atomic::{AtomicBool, Ordering},
     time::Duration,
 };
 
@@ -16,6 +17,7 @@ use tokio::{
 };
 use vmm_protocol::control::{AGENT_PORT, ParkedStream, VSOCK_SOCKET};
 
+use super::KvmVm;
 use crate::host::process::Process;
 
 /// Between two tries to reach an agent that is not there yet.
@@ -59,6 +61,8 @@ pub(super) struct Channel {
     ours: Mutex<Option<Ours>>,
     /// Since the newest save.
     parked: Mutex<Option<Parked>>,
+    /// Whether it is the one of the process before.
+    kept: AtomicBool,
 }
 
 impl Channel {
@@ -99,8 +103,16 @@ impl Channel {
     /// The process goes on with this connection, and its predecessor cannot any more: bytes may move now.
     pub fn take_over(&self, parked: Parked, predecessor: &Self) {
         *self.ours.lock() = Some(parked.ours);
+        self.kept.store(true, Ordering::Relaxed);
         predecessor.unpark();
         *predecessor.ours.lock() = None;
+    }
+}
+
+impl KvmVm {
+    /// Whether the guest's connection to this node is the one that it had before its last sleep.
+    pub fn kept_its_channel(&self) -> bool {
+        self.vmm().channel.kept.load(Ordering::Relaxed)
     }
 }
 

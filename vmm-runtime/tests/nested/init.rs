@@ -21,6 +21,7 @@ unsafe extern "C" {
 }
 
 const SYS_FINIT_MODULE: c_long = 313;
+const MS_MOVE: c_ulong = 8192;
 const RB_POWER_OFF: c_int = 0x4321_fedc;
 const DISK: &str = "/dev/vda";
 const ROOT: &str = "/newroot";
@@ -35,10 +36,10 @@ fn c(text: &str) -> CString {
     CString::new(text).unwrap()
 }
 
-fn mount_on(source: &str, target: &str, kind: &str) {
+fn mount_on(source: &str, target: &str, kind: &str, flags: c_ulong) {
     let (source, target_c, kind) = (c(source), c(target), c(kind));
     // SAFETY: three strings that live through the call; no data.
-    let result = unsafe { mount(source.as_ptr(), target_c.as_ptr(), kind.as_ptr(), 0, std::ptr::null()) };
+    let result = unsafe { mount(source.as_ptr(), target_c.as_ptr(), kind.as_ptr(), flags, std::ptr::null()) };
     check(result.into(), &format!("mounting {target}"));
 }
 
@@ -54,7 +55,7 @@ fn load(dir: &str) {
 
 fn run() -> i32 {
     for (source, target, kind) in [("proc", "/proc", "proc"), ("sysfs", "/sys", "sysfs"), ("devtmpfs", "/dev", "devtmpfs")] {
-        mount_on(source, target, kind);
+        mount_on(source, target, kind, 0);
     }
     load("/modules");
     let deadline = Instant::now() + Duration::from_secs(20);
@@ -62,13 +63,16 @@ fn run() -> i32 {
         assert!(Instant::now() < deadline, "there is no {DISK}");
         std::thread::yield_now();
     }
-    mount_on(DISK, ROOT, "ext4");
+    mount_on(DISK, ROOT, "ext4", 0);
     for (source, target, kind) in [("proc", "proc", "proc"), ("sysfs", "sys", "sysfs"), ("devtmpfs", "dev", "devtmpfs")] {
-        mount_on(source, &format!("{ROOT}/{target}"), kind);
+        mount_on(source, &format!("{ROOT}/{target}"), kind, 0);
     }
     load(&format!("{ROOT}/modules"));
+    // Moved and not only entered: a process in a mere chroot may make no user namespace, and the jail wants one.
+    std::env::set_current_dir(ROOT).unwrap();
+    mount_on(".", "/", "", MS_MOVE);
     // SAFETY: a string that lives through the call.
-    check(unsafe { chroot(c(ROOT).as_ptr()) }.into(), "changing the root");
+    check(unsafe { chroot(c(".").as_ptr()) }.into(), "changing the root");
     std::env::set_current_dir("/").unwrap();
 
     let child = Command::new("/bin/conformance")
