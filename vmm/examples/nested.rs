@@ -4,13 +4,19 @@
 //! ```text
 //! QEMU (TCG, an AMD processor with SVM) ─► Debian's kernel ─► this, as "outer" ─► Machine ─► Debian's kernel ─► this, as "inner"
 //! ```
-//! The inner guest counts; the outer one saves it, restores it from its image, saves the difference and restores that, and
-//! each time the count must go on.
+//! The inner guest counts and echoes what comes over vsock; the outer one saves it, restores it from its image, saves the
+//! difference and restores that, and each time the count and the stream must go on.
+
+#[path = "nested/process.rs"]
+mod process;
 
 use std::{
     fs::{self, File},
     io::{Read, Seek, SeekFrom, Write},
-    os::{fd::OwnedFd, unix::net::UnixListener},
+    os::{
+        fd::{AsRawFd, FromRawFd, OwnedFd},
+        unix::net::{UnixListener, UnixStream},
+    },
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -25,7 +31,7 @@ use vmm::{
     jail::ProcessFiles,
     machine::{Boot, Machine, Restore, SaveParts, Shell, Stopped},
 };
-use vmm_protocol::control::MemoryUse;
+use vmm_protocol::control::{AGENT_PORT, MemoryUse};
 
 const MEMORY: u64 = 256 << 20;
 const DISK: u64 = 64 << 20;
@@ -44,7 +50,9 @@ fn main() {
         inner();
     } else {
         let vcpus = arguments.split_whitespace().find_map(|word| word.strip_prefix("vcpus=")).and_then(|count| count.parse().ok()).unwrap_or(1);
-        if let Err(panic) = std::panic::catch_unwind(|| outer(vcpus)) {
+        // As this program's own machine, or in processes of the VMM.
+        let run = if arguments.contains("process") { process::outer } else { outer };
+        if let Err(panic) = std::panic::catch_unwind(|| run(vcpus)) {
             println!("OUTER FAILED {:?}", panic.downcast_ref::<String>());
         }
     }
@@ -72,6 +80,7 @@ fn load_modules() {
 
 /// Counts, and proves that memory, disk and clocks go on.
 fn inner() -> ! {
+    std::thread::spawn(|| println!("INNER ECHO {:?}", echo()));
     let uptime = fs::read_to_string("/proc/uptime").unwrap_or_default();
     println!("INNER UP after {} s", uptime.split(' ').next().unwrap_or("?"));
     let mut devices: Vec<String> = fs::read_dir("/sys/bus/virtio/devices").into_iter().flatten().flatten().map(|entry| {
@@ -100,10 +109,49 @@ fn inner() -> ! {
             let read = disk.seek(SeekFrom::Start(n / 2 % 4096 * 4096)).and_then(|_| disk.read_exact(&mut block));
             write.and(read).is_ok_and(|()| block[..8] == (n / 2).to_le_bytes())
         });
-        println!("TICK {n} memory={whole} disk={on_disk:?}");
+        println!("TICK {n} memory={whole} disk={on_disk:?} acpi={:?}", acpi_events());
         std::thread::sleep(Duration::from_millis(50));
     }
     unreachable!("2^64 rounds");
+}
+
+/// How often the ACPI event device has interrupted: each new VMGenID does.
+fn acpi_events() -> Option<u64> {
+    let interrupts = fs::read_to_string("/proc/interrupts").ok()?;
+    let line = interrupts.lines().find(|line| line.contains("ACPI:Ged"))?;
+    Some(line.split_whitespace().skip(1).map_while(|count| count.parse::<u64>().ok()).sum())
+}
+
+/// Answers what comes to the agent's vsock port, every byte with itself.
+fn echo() -> std::io::Result<()> {
+    let done = |result: libc::c_int| if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(result) };
+    // SAFETY: a system call without pointers; the new descriptor is owned right away.
+    let listener = unsafe { OwnedFd::from_raw_fd(done(libc::socket(libc::AF_VSOCK, libc::SOCK_STREAM, 0))?) };
+    // SAFETY: all-zero is a valid `sockaddr_vm`.
+    let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
+    (address.svm_family, address.svm_cid, address.svm_port) = (libc::AF_VSOCK as u16, libc::VMADDR_CID_ANY, AGENT_PORT);
+    // SAFETY: the address is valid and as long as said.
+    done(unsafe { libc::bind(listener.as_raw_fd(), (&raw const address).cast(), size_of_val(&address) as u32) })?;
+    rustix::net::listen(&listener, 8)?;
+    println!("INNER VSOCK listens");
+    loop {
+        let mut stream = File::from(rustix::net::accept(&listener)?);
+        std::thread::spawn(move || {
+            let mut bytes = [0; 4096];
+            while let Ok(length @ 1..) = stream.read(&mut bytes) {
+                // Two words are orders.
+                let _ = match &bytes[..length] {
+                    b"turn off" => reboot(RebootCommand::PowerOff),
+                    b"reset" => reboot(RebootCommand::Restart),
+                    _ => Ok(()),
+                };
+                if stream.write_all(&bytes[..length]).is_err() {
+                    break;
+                }
+            }
+            println!("INNER STREAM ended");
+        });
+    }
 }
 
 fn memory_file(bytes: u64) -> File {
@@ -114,6 +162,12 @@ fn memory_file(bytes: u64) -> File {
 
 fn copy_of(file: &File) -> File {
     file.try_clone().expect("duplicating a descriptor")
+}
+
+fn dial() -> UnixStream {
+    let client = UnixStream::connect("/vsock").expect("connecting to the vsock socket");
+    client.set_nonblocking(true).expect("making a stream not wait");
+    client
 }
 
 fn machine(memory: &File, memory_use: MemoryUse, vcpus: u8) -> Machine {
@@ -159,6 +213,37 @@ fn until<T>(machine: &mut Machine, what: &str, wanted: impl Fn(&str) -> Option<T
     }
 }
 
+/// Sends an order, and runs the event loop until the guest has stopped.
+fn order(machine: &mut Machine, stream: &mut UnixStream, word: &str) -> String {
+    stream.write_all(word.as_bytes()).expect("writing into a stream");
+    let begin = Instant::now();
+    loop {
+        if let Some(Stopped { how }) = machine.dispatch() {
+            return how;
+        }
+        assert!(begin.elapsed() < LIMIT, "the inner guest does not obey {word:?}");
+        std::thread::yield_now();
+    }
+}
+
+/// Sends a word into a stream and runs the event loop until `answer` has come out of it.
+fn ask(machine: &mut Machine, stream: &mut UnixStream, word: &str, answer: &str) {
+    let begin = Instant::now();
+    stream.write_all(word.as_bytes()).expect("writing into a stream");
+    let (mut heard, mut bytes) = (String::new(), [0; 256]);
+    while !heard.starts_with(answer) || (answer == "OK" && !heard.ends_with('\n')) {
+        machine.dispatch();
+        match stream.read(&mut bytes) {
+            Ok(0) => panic!("the stream has ended after {:?} instead of answering {word:?}", begin.elapsed()),
+            Ok(count) => heard.push_str(&String::from_utf8_lossy(&bytes[..count])),
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => std::thread::yield_now(),
+            Err(error) => panic!("reading from a stream: {error}"),
+        }
+        assert!(begin.elapsed() < LIMIT, "{word:?} was answered with {heard:?}");
+    }
+    println!("OUTER STREAM {:?} -> {:?} in {:?}", word.trim(), heard.trim(), begin.elapsed());
+}
+
 fn tick(line: &str) -> Option<u64> {
     let rest = line.trim().strip_prefix("TICK ")?;
     assert!(rest.contains("memory=true") && !rest.contains("disk=Some(false)"), "the inner guest has lost something: {line}");
@@ -178,6 +263,9 @@ fn outer(vcpus: u8) {
     println!("OUTER BOOT {phases:?}");
     let ticks = until(&mut first, "its tenth tick", |line| tick(line).filter(|n| *n >= 10));
     println!("OUTER TICKS {ticks} after {:?}", begin.elapsed());
+    let mut client = dial();
+    ask(&mut first, &mut client, &format!("CONNECT {AGENT_PORT}\n"), "OK");
+    ask(&mut first, &mut client, "first", "first");
     let begin = Instant::now();
     first.pause().expect("pausing");
     println!("OUTER PAUSED {:?}", begin.elapsed());
@@ -201,6 +289,9 @@ fn outer(vcpus: u8) {
         println!("OUTER RESTORED {clone} tick {before} -> {after} in {:?} {phases:?}", begin.elapsed());
         assert!((before..=before + 2).contains(&after), "the count went from {before} to {after}");
         until(&mut second, "five more ticks", |line| tick(line).filter(|n| *n >= before + 5));
+        let mut client = dial();
+        ask(&mut second, &mut client, &format!("CONNECT {AGENT_PORT}\n"), "OK");
+        ask(&mut second, &mut client, "second", "second");
         second.pause().expect("pausing");
         let before = until(&mut second, "a tick", tick);
         let (state, memory_difference, map) = (memory_file(0), memory_file(0), memory_file(0));
@@ -210,12 +301,19 @@ fn outer(vcpus: u8) {
         if clone == 0 {
             // Taken back: it goes on as if nothing had happened.
             second.run().expect("running on");
+            ask(&mut second, &mut client, "taken back", "taken back");
             until(&mut second, "a tick after a suspend that was taken back", |line| tick(line).filter(|n| *n > before + 1));
         }
-        difference = Some((state, memory_difference, top, map, before));
+        if clone == 0 {
+            println!("OUTER STOPPED {}", order(&mut second, &mut client, "reset"));
+            continue;
+        }
+        // Said while it sleeps, heard when it wakes.
+        client.write_all(b"third").expect("writing to a sleeping guest");
+        difference = Some((state, memory_difference, top, map, before, saved.streams, client));
     }
 
-    let (state, memory_difference, data, map, before) = difference.expect("two clones were made");
+    let (state, memory_difference, data, map, before, streams, mut client) = difference.expect("two clones were made");
     let begin = Instant::now();
     let mut third = machine(&memory, MemoryUse::Private, vcpus);
     let restore = Restore {
@@ -224,14 +322,17 @@ fn outer(vcpus: u8) {
         disk_base: disk,
         sealed_layers: vec![vmm::machine::SealedLayer { data, map }],
         disk_top: memory_file(0),
-        streams: Vec::new(),
+        streams,
     };
     let phases = third.restore(restore).expect("restoring a difference");
     third.run().expect("running");
     let after = until(&mut third, "a tick after its second restore", tick);
     println!("OUTER RESUMED tick {before} -> {after} in {:?} {phases:?}", begin.elapsed());
     assert!((before..=before + 2).contains(&after), "the count went from {before} to {after}");
+    ask(&mut third, &mut client, "", "third");
+    ask(&mut third, &mut client, "fourth", "fourth");
     until(&mut third, "five more ticks", |line| tick(line).filter(|n| *n >= before + 5));
     println!("OUTER USAGE {:?}", third.usage());
+    println!("OUTER STOPPED {}", order(&mut third, &mut client, "turn off"));
     println!("OUTER DONE");
 }

@@ -84,16 +84,16 @@ impl Server {
     /// Serves until the node says [`Request::Quit`]. An error is one of the event loop itself: nothing is served without it.
     pub fn serve(mut self) -> io::Result<()> {
         loop {
-            if let Go::Quit = self.turn(None)? {
+            if let Go::Quit = self.turn()? {
                 return Ok(());
             }
         }
     }
 
     /// Waits for something to happen and does all of it.
-    fn turn(&mut self, limit: Option<&rustix::event::Timespec>) -> io::Result<Go> {
+    fn turn(&mut self) -> io::Result<Go> {
         let mut events = Vec::with_capacity(4);
-        match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), limit) {
+        match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), None) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }
@@ -317,6 +317,3 @@ fn refused(fault: Fault, why: &str) -> Reply {
 fn some(machine: &mut Option<Machine>) -> Result<&mut Machine, MachineError> {
     machine.as_mut().ok_or_else(|| MachineError { fault: Fault::Request, why: "there is no machine yet; Prepare comes first".to_owned() })
 }
-
-#[cfg(test)]
-mod tests;

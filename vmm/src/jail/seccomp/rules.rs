@@ -120,6 +120,8 @@ fn vcpu(rules: &mut Rules) -> Result<(), BackendError> {
     anonymous_memory(rules)?;
     // What the thread is for.
     rules.allow_ioctl(ioctls::KVM_RUN)?;
+    // A driver's access to its device runs here: at a reset the event loop stops watching what the device had.
+    rules.allow(libc::SYS_epoll_ctl);
     // A save and a restore have each vCPU's state handled by its own thread.
     for &request in ioctls::VCPU_STATE {
         rules.allow_ioctl(request)?;
@@ -171,6 +173,8 @@ fn main(rules: &mut Rules) -> Result<(), BackendError> {
     rules.allow_ioctl(ioctls::FIONBIO)?;
     // A second descriptor of the same file, for the node or another owner in this process.
     rules.allow_if(libc::SYS_fcntl, &[(1, INT, libc::F_DUPFD_CLOEXEC as u64)])?;
+    // musl says close-on-exec of it once more, for kernels that forget.
+    rules.allow_if(libc::SYS_fcntl, &[(1, INT, libc::F_SETFD as u64), (2, INT, libc::FD_CLOEXEC as u64)])?;
 
     // Guest memory: a difference's pages laid over it at their address, zeros for ballooned pages; files for reading. Nothing
     // that can be executed.
