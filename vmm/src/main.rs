@@ -124,7 +124,8 @@ fn join(cgroup: Option<&Cgroup>) -> Result<(), Failure> {
     let opened = fs::OpenOptions::new().write(true).open(&procs);
     opened.and_then(|mut file| file.write_all(b"0")).map_err(|error| failure(format!("joining the cgroup at {}", procs.display()), error))?;
     // SAFETY: the number was the node's and nothing here owns it; the file above is closed.
-    Ok(unsafe { descriptors::close_others(None)? })
+    unsafe { descriptors::close_others(None)? };
+    Ok(())
 }
 
 /// A listening socket in the working directory. It does not wait.

@@ -44,7 +44,11 @@ fn garbage() -> Vec<Vec<u8>> {
     // A cheap generator: the same bytes in every run.
     let mut seed = 1u64;
     for length in (1..400).step_by(7) {
-        packets.push((0..length).map(|_| { seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1); (seed >> 56) as u8 }).collect());
+        let mut next = || {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (seed >> 56) as u8
+        };
+        packets.push((0..length).map(|_| next()).collect());
     }
     packets
 }
@@ -146,6 +150,9 @@ fn every_request_out_of_order_is_refused_and_changes_nothing() {
     assert_well(&mut process, &mut node);
 }
 
+/// Version, vCPUs, bytes of memory, bytes of disk.
+type Numbers = (u32, u8, u64, u64);
+
 #[test]
 fn what_a_machine_cannot_be_made_of_is_refused_before_anything_is_used() {
     if !has_kvm() {
@@ -155,24 +162,24 @@ fn what_a_machine_cannot_be_made_of_is_refused_before_anything_is_used() {
     let mut process = Process::start();
     let mut node = process.connect();
     let (kvm, memory) = (kvm(), files.both("memory"));
-    let good = |change: &dyn Fn(&mut (u32, u8, u64, u64))| {
-        let mut numbers = (VERSION, 1, MEMORY_BYTES, DISK_BYTES);
+    let good = |change: fn(&mut Numbers)| {
+        let mut numbers: Numbers = (VERSION, 1, MEMORY_BYTES, DISK_BYTES);
         change(&mut numbers);
         let (version, vcpus, memory_bytes, disk_bytes) = numbers;
         Request::Prepare { version, vcpus, memory_bytes, memory: MemoryUse::Private, disk_bytes, net: None }
     };
     let both = [kvm.as_fd(), memory.as_fd()];
     for (request, part) in [
-        (good(&|n| n.0 += 1), "version 2"),
-        (good(&|n| n.1 = 0), "not 0"),
-        (good(&|n| n.1 = 17), "not 17"),
-        (good(&|n| n.2 = 0), "0 bytes of memory"),
-        (good(&|n| n.2 += 4096), "multiple of 2 MiB"),
-        (good(&|n| n.2 = u64::MAX << 21), "1 TiB"),
-        (good(&|n| n.2 *= 2), "the memory file has"),
-        (good(&|n| n.3 = 0), "0 bytes of disk"),
-        (good(&|n| n.3 += 1), "multiple of 4 KiB"),
-        (good(&|n| n.3 = u64::MAX << 12), "64 TiB"),
+        (good(|n| n.0 += 1), "version 2"),
+        (good(|n| n.1 = 0), "not 0"),
+        (good(|n| n.1 = 17), "not 17"),
+        (good(|n| n.2 = 0), "0 bytes of memory"),
+        (good(|n| n.2 += 4096), "multiple of 2 MiB"),
+        (good(|n| n.2 = u64::MAX << 21), "1 TiB"),
+        (good(|n| n.2 *= 2), "the memory file has"),
+        (good(|n| n.3 = 0), "0 bytes of disk"),
+        (good(|n| n.3 += 1), "multiple of 4 KiB"),
+        (good(|n| n.3 = u64::MAX << 12), "64 TiB"),
     ] {
         let why = node.refused(request, &both, Fault::Request);
         assert!(why.contains(part), "{why}");
@@ -251,6 +258,9 @@ fn kernels_that_are_none_are_refused() {
     }
 }
 
+/// What it is; whether there is a difference, how many layers and which streams; names of the files.
+type Restore = (&'static str, bool, u32, Vec<ParkedStream>, &'static [&'static str]);
+
 #[test]
 fn snapshots_that_are_none_are_refused_and_nothing_of_them_runs() {
     if !has_kvm() {
@@ -280,7 +290,7 @@ fn snapshots_that_are_none_are_refused_and_nothing_of_them_runs() {
     }
     // Right state, wrong company.
     let stream = ParkedStream { guest_port: 1024, host_port: 77 };
-    let cases: [(&str, bool, u32, Vec<ParkedStream>, &[&str]); 6] = [
+    let cases: [Restore; 6] = [
         ("a difference of nothing", true, 0, Vec::new(), &["state", "nothing", "disk", "top"]),
         ("a difference that is a disk", true, 0, Vec::new(), &["state", "disk", "disk", "top"]),
         ("a base that is too short", false, 0, Vec::new(), &["state", "nothing", "top"]),

@@ -39,8 +39,9 @@ fn a_prepared_process_can_do_nothing_and_see_nothing() {
     assert_powerless(inner);
 
     // Every thread, not only the first.
-    let threads: Vec<u32> = fs::read_dir(format!("/proc/{inner}/task")).unwrap().map(|entry| entry.unwrap().file_name().to_str().unwrap().parse().unwrap()).collect();
-    assert!(threads.len() >= 2, "there is a vCPU thread beside the main thread: {threads:?}");
+    let tasks = fs::read_dir(format!("/proc/{inner}/task")).unwrap();
+    let threads: Vec<u32> = tasks.map(|entry| entry.unwrap().file_name().to_str().unwrap().parse().unwrap()).collect();
+    assert!(threads.len() >= 3, "there are a vCPU and a block thread beside the main thread: {threads:?}");
     for thread in threads {
         assert_powerless(thread);
         for kind in NAMESPACES {
@@ -161,18 +162,28 @@ fn a_cgroup_is_joined_or_the_process_ends() {
         eprintln!("SKIPPED: no cgroup v2 directory can be made here");
         return;
     }
-    let process = Process::start_with(&["--cgroup", ours.to_str().unwrap()], |_| {});
-    process.connect().done(Request::Cancel, &[]);
-    let members = fs::read_to_string(ours.join("cgroup.procs")).unwrap();
-    let members: Vec<u32> = members.lines().map(|line| line.parse().unwrap()).collect();
-    assert!(members.contains(&process.pid()) && members.contains(&process.inner_pid()), "{members:?}");
-    drop(process);
+    let by_descriptor = fs::File::open(&ours).unwrap();
+    rustix::io::fcntl_setfd(&by_descriptor, rustix::io::FdFlags::empty()).unwrap();
+    for named in [ours.to_str().unwrap().to_owned(), format!("fd:{}", std::os::fd::AsRawFd::as_raw_fd(&by_descriptor))] {
+        let process = Process::start_with(&["--cgroup", &named], |_| {});
+        process.connect().done(Request::Cancel, &[]);
+        let members = fs::read_to_string(ours.join("cgroup.procs")).unwrap();
+        let members: Vec<u32> = members.lines().map(|line| line.parse().unwrap()).collect();
+        assert!(members.contains(&process.pid()) && members.contains(&process.inner_pid()), "{named}: {members:?}");
+        for descriptor in fs::read_dir(format!("/proc/{}/fd", process.inner_pid())).unwrap() {
+            let target = fs::read_link(descriptor.unwrap().path()).unwrap();
+            assert!(!target.starts_with(root), "the directory of the cgroup is closed again: {}", target.display());
+        }
+    }
+    drop(by_descriptor);
     eventually("an empty cgroup", || fs::remove_dir(&ours).ok());
 }
 
 // A forbidden call dies. The test starts itself again as a child that installs the filter of a class and makes one call.
 
 type Call = (&'static str, fn());
+/// A call and the classes in question.
+type CallOf = (&'static str, fn(), &'static [Class]);
 
 /// What an attacker would want, each allowed to nobody.
 const FORBIDDEN: [Call; 14] = [
@@ -198,7 +209,7 @@ const FORBIDDEN: [Call; 14] = [
 ];
 
 /// What one class is allowed and others are not.
-const FOREIGN: [(&str, fn(), &[Class]); 6] = [
+const FOREIGN: [CallOf; 6] = [
     ("recvmsg", || raw(libc::SYS_recvmsg, [u64::MAX, 0, 0, 0, 0, 0]), &[Class::Vcpu, Class::Block, Class::Supervisor]),
     ("pread64", || raw(libc::SYS_pread64, [u64::MAX, 0, 0, 0, 0, 0]), &[Class::Vcpu, Class::Supervisor]),
     ("ioctl KVM_RUN", || raw(libc::SYS_ioctl, [u64::MAX, 0xae80, 0, 0, 0, 0]), &[Class::Main, Class::Block, Class::Supervisor]),
@@ -208,10 +219,10 @@ const FOREIGN: [(&str, fn(), &[Class]); 6] = [
 ];
 
 /// What a class needs: it returns (with an error, of an absurd descriptor) instead of ending the process.
-const PERMITTED: [(&str, fn(), &[Class]); 5] = [
+const PERMITTED: [CallOf; 5] = [
     ("nothing at all", || {}, &Class::ALL),
     ("recvmsg", || raw(libc::SYS_recvmsg, [u64::MAX, 0, 0, 0, 0, 0]), &[Class::Main]),
-    ("pwritev", || raw(libc::SYS_pwritev, [u64::MAX, 0, 0, 0, 0, 0]), &[Class::Main, Class::Block]),
+    ("pwrite64", || raw(libc::SYS_pwrite64, [u64::MAX, 0, 0, 0, 0, 0]), &[Class::Main, Class::Block]),
     ("ioctl KVM_RUN", || raw(libc::SYS_ioctl, [u64::MAX, 0xae80, 0, 0, 0, 0]), &[Class::Vcpu]),
     ("wait4", || raw(libc::SYS_wait4, [0, 0, 0, 0, 0, 0]), &[Class::Supervisor]),
 ];

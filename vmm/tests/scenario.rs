@@ -5,8 +5,8 @@ mod process;
 
 use std::{fs::File, os::fd::AsFd};
 
-use process::{DISK_BYTES, Files, Node, booted, eventually, guest, has_kvm, killed_by, prepared};
-use vmm_protocol::control::{Event, Fault, FromVmm, MemoryUse, Reply, Request, SaveKind, Usage};
+use process::{DISK_BYTES, Files, MEMORY_BYTES, Node, booted, eventually, guest, has_kvm, killed_by, kvm, prepared};
+use vmm_protocol::control::{Event, Fault, FromVmm, MemoryUse, Reply, Request, SaveKind, Usage, VERSION};
 
 const DIFFERENCE: Request = Request::Save { kind: SaveKind::Difference { merge_layers: false } };
 
@@ -101,6 +101,25 @@ fn a_microvm_is_born_sleeps_and_wakes_under_its_filters() {
     let (status, log) = process.ended();
     assert_eq!((status.code(), killed_by(status)), (Some(0), None), "{log}");
     assert_eq!(disk.len() as u64, DISK_BYTES);
+}
+
+#[test]
+fn the_largest_machine_fits_into_the_limits() {
+    if !has_kvm() {
+        return;
+    }
+    let files = Files::new();
+    let process = process::Process::start();
+    let mut node = process.connect();
+    let request = Request::Prepare { version: VERSION, vcpus: 16, memory_bytes: MEMORY_BYTES, memory: MemoryUse::Shared, disk_bytes: DISK_BYTES, net: None };
+    node.done(request, &[kvm().as_fd(), files.both("memory").as_fd()]);
+    let (kernel, initramfs) = (files.filled("kernel", &guest::counts()), files.filled("initramfs", b""));
+    node.done(Request::Boot { cmdline: String::new() }, &[kernel.as_fd(), initramfs.as_fd(), files.both("disk").as_fd()]);
+    eventually("the guest's word", || node.console().contains("up").then_some(()));
+    node.done(Request::Pause, &[]);
+    node.saved(Request::Save { kind: SaveKind::Image }, &[files.empty("state").as_fd()]);
+    node.done(Request::Quit, &[]);
+    assert_eq!(process.ended().0.code(), Some(0));
 }
 
 #[test]

@@ -207,7 +207,15 @@ fn echo(stream: &mut UnixStream, text: &[u8]) {
 }
 
 /// Writes before the restore wait in the stream; answers come afterwards.
-fn restore(vmm: &mut Vmm, disk: &File, state: &File, difference: Option<&File>, layer: Option<(&File, &File)>, top: &File, streams: &[(ParkedStream, OwnedFd)]) {
+fn restore(
+    vmm: &mut Vmm,
+    disk: &File,
+    state: &File,
+    difference: Option<&File>,
+    layer: Option<(&File, &File)>,
+    top: &File,
+    streams: &[(ParkedStream, OwnedFd)],
+) {
     let mut descriptors = vec![state.as_fd()];
     descriptors.extend(difference.map(AsFd::as_fd));
     descriptors.push(disk.as_fd());

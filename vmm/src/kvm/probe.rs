@@ -109,7 +109,8 @@ struct Host {
 impl Host {
     fn look() -> Self {
         let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-        let flags = cpuinfo.lines().filter(|line| line.starts_with("flags")).any(|line| line.split_ascii_whitespace().any(|flag| flag == "vmx" || flag == "svm"));
+        let mut flags = cpuinfo.lines().filter(|line| line.starts_with("flags")).flat_map(str::split_ascii_whitespace);
+        let flags = flags.any(|flag| flag == "vmx" || flag == "svm");
         let module = ["kvm_intel", "kvm_amd"].iter().any(|name| fs::metadata(format!("/sys/module/{name}")).is_ok());
         Self { flags, module }
     }

@@ -55,7 +55,6 @@ pub const VCPU_STATE: &[u32] = &[
     kvm_w::<kvm::kvm_lapic_state>(0x8f),
     // What the guest's CPUID instruction answers.
     kvm_w::<kvm::kvm_cpuid2>(0x90),
-    kvm_wr::<kvm::kvm_cpuid2>(0x91),
     // Whether a vCPU runs, waits for its start, or is halted.
     kvm_r::<kvm::kvm_mp_state>(0x98),
     kvm_w::<kvm::kvm_mp_state>(0x99),
@@ -93,15 +92,10 @@ pub const VM_STATE: &[u32] = &[
     // The guest's clock.
     kvm_w::<kvm::kvm_clock_data>(0x7b),
     kvm_r::<kvm::kvm_clock_data>(0x7c),
-    // Which pages were written, where the page tables of the host cannot tell.
-    kvm_w::<kvm::kvm_dirty_log>(0x42),
 ];
 
 /// `PAGEMAP_SCAN` on `/proc/self/pagemap`: which pages of the guest differ from its image.
 pub const PAGEMAP_SCAN: u32 = number(READ | WRITE, b'f', 16, 96);
-
-/// `FIONBIO`: how the standard library makes a socket not wait.
-pub const FIONBIO: u32 = 0x5421;
 
 #[cfg(test)]
 mod tests {
@@ -123,7 +117,8 @@ mod tests {
         assert_eq!(kvm_r::<kvm::kvm_irqchip>(0x63), 0x8208_ae63);
         assert_eq!(kvm_r::<kvm::kvm_pit_state2>(0x9f), 0x8070_ae9f);
         assert_eq!(kvm_w::<kvm::kvm_clock_data>(0x7b), 0x4030_ae7b);
-        assert_eq!(kvm_w::<kvm::kvm_dirty_log>(0x42), 0x4010_ae42);
+        assert_eq!(kvm_wr::<kvm::kvm_translation>(0x85), 0xc018_ae85);
+        assert_eq!(kvm_w::<kvm::kvm_device_attr>(0xe1), 0x4018_aee1);
         assert_eq!(PAGEMAP_SCAN, 0xc060_6610);
     }
 }

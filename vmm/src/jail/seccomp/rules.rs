@@ -131,14 +131,11 @@ fn vcpu(rules: &mut Rules) -> Result<(), BackendError> {
 
 fn block(rules: &mut Rules) -> Result<(), BackendError> {
     anonymous_memory(rules)?;
-    // Blocks of the disk, straight from and to guest memory. The files were handed in open.
+    // Blocks of the disk. The files were handed in open.
     rules.allow(libc::SYS_pread64);
     rules.allow(libc::SYS_pwrite64);
-    rules.allow(libc::SYS_preadv);
-    rules.allow(libc::SYS_pwritev);
     // A flush of the guest's, where it is made durable at once (after a boot).
     rules.allow(libc::SYS_fdatasync);
-    rules.allow(libc::SYS_fsync);
     // The guest's discard and write-zeroes: holes and zeros in the top layer.
     rules.allow(libc::SYS_fallocate);
     Ok(())
@@ -146,11 +143,9 @@ fn block(rules: &mut Rules) -> Result<(), BackendError> {
 
 fn main(rules: &mut Rules) -> Result<(), BackendError> {
     // The event loop.
-    rules.allow(libc::SYS_epoll_wait);
     rules.allow(libc::SYS_epoll_pwait);
     rules.allow(libc::SYS_epoll_ctl);
-    // Whether the node is still there, without taking a message.
-    rules.allow(libc::SYS_poll);
+    // Whether the node, or a client of a stream, is still there, without taking anything from it.
     rules.allow(libc::SYS_ppoll);
 
     // The node and the clients of the vsock muxer: connections to the two sockets that were bound at the start.
@@ -167,10 +162,6 @@ fn main(rules: &mut Rules) -> Result<(), BackendError> {
     rules.allow(libc::SYS_readv);
     rules.allow(libc::SYS_writev);
 
-    // Whether a stream waits, and making it not wait.
-    rules.allow_if(libc::SYS_fcntl, &[(1, INT, libc::F_GETFL as u64)])?;
-    rules.allow_if(libc::SYS_fcntl, &[(1, INT, libc::F_SETFL as u64)])?;
-    rules.allow_ioctl(ioctls::FIONBIO)?;
     // A second descriptor of the same file, for the node or another owner in this process.
     rules.allow_if(libc::SYS_fcntl, &[(1, INT, libc::F_DUPFD_CLOEXEC as u64)])?;
     // musl says close-on-exec of it once more, for kernels that forget.
@@ -182,8 +173,6 @@ fn main(rules: &mut Rules) -> Result<(), BackendError> {
     // Snapshot files: read, written, measured, synced; the counters of /proc/self/status.
     rules.allow(libc::SYS_pread64);
     rules.allow(libc::SYS_pwrite64);
-    rules.allow(libc::SYS_preadv);
-    rules.allow(libc::SYS_pwritev);
     rules.allow(libc::SYS_lseek);
     rules.allow(libc::SYS_fstat);
     // How the standard library asks for a file's length: of a descriptor, with an empty name.
@@ -191,19 +180,15 @@ fn main(rules: &mut Rules) -> Result<(), BackendError> {
     rules.allow(libc::SYS_ftruncate);
     rules.allow(libc::SYS_fsync);
     rules.allow(libc::SYS_fdatasync);
-    // Unchanged pages and disk blocks go from the old file to the new one inside the kernel.
-    rules.allow(libc::SYS_copy_file_range);
     // Pages that the guest gives back become a hole in its memory file (after a boot).
     rules.allow(libc::SYS_fallocate);
 
     // Stops a vCPU: one signal, and the pid namespace and Landlock leave nobody else to send it to.
     for signal in STOP_SIGNALS {
         rules.allow_if(libc::SYS_tgkill, &[(2, INT, signal)])?;
-        rules.allow_if(libc::SYS_tkill, &[(1, INT, signal)])?;
     }
-    // The C library asks for them to send that signal.
+    // Which process that vCPU's thread is of: this one.
     rules.allow(libc::SYS_getpid);
-    rules.allow(libc::SYS_gettid);
 
     // Which pages of the guest are its own.
     rules.allow_ioctl(ioctls::PAGEMAP_SCAN)?;
