@@ -400,14 +400,6 @@ impl Machine {
         lock(&self.bus.console).copy_to(Arc::new(to));
     }
 
-    /// TEMP.
-    pub fn debug_regs(&mut self) -> String {
-        let _ = self.pause();
-        let out = format!("{:x?} {:x?}", self.vcpus[0].with(|fd| fd.get_regs().unwrap()).unwrap(), self.vcpus[0].with(|fd| fd.get_mp_state().unwrap()).unwrap());
-        let _ = self.run();
-        out
-    }
-
     /// Presses the power button: a guest with an ACPI driver shuts down by itself.
     pub fn power_button(&self) {
         self.bus.power.raise(power::EVENT_BUTTON);

@@ -43,7 +43,7 @@ pub fn write(memory: &GuestMemoryMmap, machine: &Machine) -> Option<u64> {
         let here = at;
         // Tables are aligned to 16 bytes; the RSDP must be.
         at = (here + bytes.len() as u64).next_multiple_of(16);
-        if at > layout::HIGH_RAM {
+        if at > layout::FIRMWARE {
             return None;
         }
         memory.write_slice(&bytes, GuestAddress(here)).ok()?;

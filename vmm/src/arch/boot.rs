@@ -80,6 +80,7 @@ pub fn load(memory: &GuestMemoryMmap, memory_bytes: u64, kernel: &[u8], initramf
     let write = |bytes: &[u8], at: u64| memory.write_slice(bytes, GuestAddress(at)).map_err(|_| no_room("boot structures"));
     write(&[cmdline.as_bytes(), &[0]].concat(), layout::CMDLINE)?;
 
+    write(&reset_code(), layout::RESET_VECTOR)?;
     let rsdp = acpi::write(memory, tables).ok_or_else(|| no_room("ACPI tables"))?;
 
     let modules = [hvm_modlist_entry { paddr: initramfs_at, size: initramfs.len() as u64, cmdline_paddr: 0, reserved: 0 }];
@@ -105,12 +106,26 @@ pub fn load(memory: &GuestMemoryMmap, memory_bytes: u64, kernel: &[u8], initramf
     Ok(Entry { address: entry.0 })
 }
 
+/// All the firmware that there is, in 16-bit code. Linux restarts by ACPI, then by the keyboard controller, and then by the BIOS:
+/// that is, by a jump to where a BIOS would be. Without code there, a vCPU would spin through zeros for ever.
+fn reset_code() -> [u8; 9] {
+    let [low, high] = layout::RESET.to_le_bytes();
+    [
+        0xb0, crate::devices::power::RESET_VALUE, // mov al, RESET_VALUE
+        0xba, low, high,                          // mov dx, RESET
+        0xee,                                     // out dx, al
+        0xf4,                                     // hlt
+        0xeb, 0xfd,                               // jmp to the hlt
+    ]
+}
+
 fn memory_map(memory_bytes: u64) -> Vec<hvm_memmap_table_entry> {
     let entry = |addr, end: u64, type_| hvm_memmap_table_entry { addr, size: end - addr, type_, reserved: 0 };
     let mut map = vec![
         entry(0, layout::LOW_RAM_END, RAM),
         entry(layout::VMGENID, layout::VMGENID + PAGE, RESERVED),
-        entry(layout::ACPI, layout::HIGH_RAM, ACPI_TABLES),
+        entry(layout::ACPI, layout::FIRMWARE, ACPI_TABLES),
+        entry(layout::FIRMWARE, layout::HIGH_RAM, RESERVED),
         entry(layout::HIGH_RAM, memory_bytes.min(layout::HOLE), RAM),
     ];
     if let Some((address, bytes)) = layout::ram(memory_bytes).get(1) {

@@ -5,6 +5,7 @@
 //! 9_f000       reserved: one page with the VMGenID
 //! a_0000       nothing (a PC has video memory here)
 //! e_0000       ACPI tables
+//! f_f000       reserved: the processor's first instructions after a reset
 //! 10_0000      RAM, up to 3 GiB
 //! c000_0000    no RAM: virtio windows from d000_0000, IOAPIC, local APICs, KVM's own pages
 //! 1_0000_0000  the rest of RAM
@@ -19,8 +20,12 @@ pub const ABOVE_HOLE: u64 = 1 << 32;
 pub const LOW_RAM_END: u64 = 0x9_f000;
 /// One page with the VMGenID.
 pub const VMGENID: u64 = 0x9_f000;
-/// Room for ACPI tables, up to 1 MiB.
+/// Room for ACPI tables, up to [`FIRMWARE`].
 pub const ACPI: u64 = 0xe_0000;
+/// A page of "firmware".
+pub const FIRMWARE: u64 = 0xf_f000;
+/// Where a processor begins after a reset, and where a kernel that restarts "by the BIOS" jumps to, in real mode.
+pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// RAM from here on.
 pub const HIGH_RAM: u64 = 0x10_0000;
 

@@ -70,7 +70,6 @@ impl Exits for Bus {
     }
 
     fn port_write(&self, port: u16, data: &[u8]) -> Option<String> {
-        if !(0x3f8..=0x3ff).contains(&port) && port != 0x70 && port != 0x71 { println!("DEBUG OUT {port:x} {data:x?}"); }
         for byte in data {
             match (port, *byte) {
                 (layout::COM1..=0x3ff, byte) => lock(&self.console).write((port - layout::COM1) as u8, byte),
