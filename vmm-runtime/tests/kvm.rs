@@ -35,7 +35,7 @@ impl Start for Kvm {
 }
 
 async fn bench() -> Option<GuestBench<Kvm>> {
-    let vmm = support::path_or("DORMOUSE_VMM", || support::musl_dir("release").join("dormouse-vmm"));
+    let vmm = support::path_or("DORMOUSE_VMM", || support::built("dormouse-vmm"));
     let why = match probe(&vmm).await {
         Ok(Probe::Hardware) => return Some(GuestBench::new(Guests::find("kvm")?, Kvm { vmm })),
         Ok(Probe::Software { why } | Probe::Missing { why }) => why,

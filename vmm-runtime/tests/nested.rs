@@ -16,10 +16,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use support::{Guests, kernel_dir, make_file_system, static_program};
+use support::{Guests, MUSL, built, kernel_dir, make_file_system, static_program, target_dir};
 use vmm_runtime::guest_kit;
 
-const MUSL: &str = "x86_64-unknown-linux-musl";
 /// For everything in the outer guest, its boot included.
 const LIMIT: Duration = Duration::from_secs(300);
 /// Holds the image, its clones and their layers, sparse all.
@@ -97,20 +96,17 @@ fn the_kvm_engine_conforms_on_emulated_hardware() {
         eprintln!("SKIPPED: the kvm engine is not tested on emulated hardware: {why}");
         return;
     }
-    // …/<target dir>/<profile>/deps/<this program>
-    let program = env::current_exe().unwrap();
-    let target_dir = program.ancestors().nth(3).expect("cargo puts tests three directories deep");
-    cargo(target_dir, &["build", "-p", "vmm", "-p", "guest-agent"]);
-    let test = test_program(&cargo(target_dir, &["test", "-p", "vmm-runtime", "--features", "testing", "--test", "kvm", "--no-run", "--message-format=json"]));
-    let built = target_dir.join(MUSL).join("release");
+    let target_dir = target_dir();
+    cargo(&target_dir, &["build", "-p", "vmm", "-p", "guest-agent"]);
+    let test = test_program(&cargo(&target_dir, &["test", "-p", "vmm-runtime", "--features", "testing", "--test", "kvm", "--no-run", "--message-format=json"]));
 
     let work = tempfile::tempdir().unwrap();
-    let kit = guest_kit::assemble(&kernel_dir(), &built.join("guest-agent"), &work.path().join("inner")).unwrap();
+    let kit = guest_kit::assemble(&kernel_dir(), &built("guest-agent"), &work.path().join("inner")).unwrap();
     // The outer guest boots the same kernel with the same modules, and another init.
     let init = static_program("tests/nested/init.rs", &work.path().join("init"));
     let outer = guest_kit::assemble(&kernel_dir(), &init, &work.path().join("outer")).unwrap();
     let disk = work.path().join("outer.ext4");
-    outer_disk(&work.path().join("tree"), work.path(), &kit, &[(&test, "conformance"), (&built.join("dormouse-vmm"), "dormouse-vmm")], &disk);
+    outer_disk(&work.path().join("tree"), work.path(), &kit, &[(&test, "conformance"), (&built("dormouse-vmm"), "dormouse-vmm")], &disk);
     let code = run(&outer, &disk);
     assert_eq!(code, "0", "the kvm engine does not conform; what it said stands above");
 }

@@ -145,3 +145,100 @@ async fn try_dial(process: &Process) -> io::Result<Ours> {
 fn nonsense() -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, "the VMM did not answer `OK` and a port to a connection request")
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::{BufRead, BufReader, Read, Write},
+        os::unix::net::UnixListener,
+        path::Path,
+    };
+
+    use super::*;
+    use crate::host::process::Priority;
+
+    /// A process that does nothing, with a muxer in this one that treats connection after connection as told.
+    fn process(run_dir: &Path, answers: &'static [&'static str]) -> (Process, std::thread::JoinHandle<StdStream>) {
+        let process = Process::start(Path::new("sleep"), run_dir, |_| vec!["60".to_owned()], Priority::Normal).unwrap();
+        let listener = UnixListener::bind(process.dir().join(VSOCK_SOCKET)).unwrap();
+        let muxer = std::thread::spawn(move || {
+            for answer in answers {
+                let (mut stream, _) = listener.accept().unwrap();
+                let mut line = String::new();
+                BufReader::new(&stream).read_line(&mut line).unwrap();
+                assert_eq!(line, "CONNECT 1024\n");
+                stream.write_all(answer.as_bytes()).unwrap();
+                if answer.starts_with("OK") {
+                    return stream;
+                }
+            }
+            panic!("nobody was satisfied");
+        });
+        (process, muxer)
+    }
+
+    async fn says(stream: &mut UnixStream, wanted: &[u8]) {
+        let mut found = vec![0; wanted.len()];
+        stream.read_exact(&mut found).await.unwrap();
+        assert_eq!(found, wanted);
+    }
+
+    #[tokio::test]
+    async fn an_agent_that_is_not_there_yet_is_waited_for_and_its_connection_goes_on_in_another_process() {
+        let run_dir = tempfile::tempdir().unwrap();
+        let (process, muxer) = process(run_dir.path(), &["", "", "OK 4242\nfirst word"]);
+        let channel = Channel::default();
+        let mut stream = channel.open(&process).await.unwrap();
+        says(&mut stream, b"first word").await;
+        let mut theirs = muxer.join().unwrap();
+
+        // The guest sleeps: this side's task ends, and the VMM with its descriptors.
+        let named = |host_port| ParkedStream { guest_port: AGENT_PORT, host_port };
+        let end = || OwnedFd::from(theirs.try_clone().unwrap());
+        channel.park(vec![named(7), named(4242)], vec![end(), end()]);
+        drop(stream);
+        let parked = channel.parked().unwrap().unwrap();
+        assert_eq!(parked.stream, named(4242));
+
+        let next = Channel::default();
+        next.take_over(parked, &channel);
+        assert!(channel.parked().unwrap().is_none());
+        let mut stream = next.open(&process).await.unwrap();
+        theirs.write_all(b"goes on").unwrap();
+        says(&mut stream, b"goes on").await;
+        process.kill(Duration::from_secs(5)).await;
+    }
+
+    #[tokio::test]
+    async fn only_the_agents_own_connection_is_kept_and_a_guest_that_goes_on_keeps_none() {
+        let run_dir = tempfile::tempdir().unwrap();
+        let (process, muxer) = process(run_dir.path(), &["OK 5\n"]);
+        let channel = Channel::default();
+        let mut stream = channel.open(&process).await.unwrap();
+        let mut theirs = muxer.join().unwrap();
+        let end = || vec![OwnedFd::from(theirs.try_clone().unwrap())];
+        channel.park(vec![ParkedStream { guest_port: 80, host_port: 5 }], end());
+        assert!(channel.parked().unwrap().is_none());
+        channel.park(vec![ParkedStream { guest_port: AGENT_PORT, host_port: 5 }], end());
+        assert!(channel.parked().unwrap().is_some());
+        channel.unpark();
+        assert!(channel.parked().unwrap().is_none());
+        stream.write_all(b"still here").await.unwrap();
+        let mut found = [0; 10];
+        theirs.read_exact(&mut found).unwrap();
+        assert_eq!(&found, b"still here");
+        process.kill(Duration::from_secs(5)).await;
+    }
+
+    #[tokio::test]
+    async fn what_is_no_answer_is_an_error() {
+        for answer in [&["OK seven\n"][..], &["WELL\n"], &["OK 1234567890123456789012345678901234567890"]] {
+            let run_dir = tempfile::tempdir().unwrap();
+            let (process, muxer) = process(run_dir.path(), answer);
+            let error = Channel::default().open(&process).await.unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+            process.kill(Duration::from_secs(5)).await;
+            drop(muxer);
+        }
+    }
+}

@@ -182,7 +182,7 @@ impl Shared {
                     self.stopped.send_replace(Some(how));
                 }
                 Err(PacketError::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => ready.clear_ready(),
-                Err(PacketError::Closed) => return,
+                Err(PacketError::Closed | PacketError::Io(_)) => return,
                 Err(error) => {
                     tracing::warn!(%error, "the connection to a VMM is given up");
                     return;

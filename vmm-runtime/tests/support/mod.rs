@@ -30,10 +30,20 @@ const KERNEL: &str = "kernel";
 const INITRD: &str = "initrd";
 const DISK: &str = "root.ext4";
 
-/// Where cargo puts what is built for musl, by the profile.
-pub fn musl_dir(profile: &str) -> PathBuf {
-    let default = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target");
-    env::var_os("CARGO_TARGET_DIR").map_or(default, PathBuf::from).join("x86_64-unknown-linux-musl").join(profile)
+/// The target that guests and static programs are built for.
+pub const MUSL: &str = "x86_64-unknown-linux-musl";
+
+/// Where cargo puts everything: this program is in `<target dir>[/<target>]/<profile>/deps`.
+pub fn target_dir() -> PathBuf {
+    let program = env::current_exe().expect("Linux knows the path of a program");
+    let above = program.ancestors().nth(3).unwrap_or(Path::new("/"));
+    let dir = if above.ends_with(MUSL) { above.parent().unwrap_or(above) } else { above };
+    dir.to_owned()
+}
+
+/// A program that was built for musl in release mode.
+pub fn built(name: &str) -> PathBuf {
+    target_dir().join(MUSL).join("release").join(name)
 }
 
 /// The path in a variable, or another.
@@ -63,7 +73,7 @@ impl Guests {
             let kit = GuestKit { kernel: prebuilt.join(KERNEL), initrd: prebuilt.join(INITRD), fingerprint: "prebuilt".to_owned() };
             return Some(Self { kit, dir, disk: Some(prebuilt.join(DISK)) });
         }
-        let agent = path_or("DORMOUSE_GUEST_AGENT", || musl_dir("release").join("guest-agent"));
+        let agent = path_or("DORMOUSE_GUEST_AGENT", || built("guest-agent"));
         match guest_kit::assemble(&kernel_dir(), &agent, &dir.path().join("kit")) {
             Ok(kit) => Some(Self { kit, dir, disk: None }),
             Err(error) => {
@@ -206,7 +216,7 @@ pub fn guest_app(dir: &Path) -> PathBuf {
 pub fn static_program(source: &str, program: &Path) -> PathBuf {
     let compiler = env::var("RUSTC").unwrap_or_else(|_| "rustc".to_owned());
     let output = Command::new(compiler)
-        .args(["--edition=2024", "--target=x86_64-unknown-linux-musl", "-Copt-level=2", "-Cstrip=symbols", "-o"])
+        .args(["--edition=2024", "--target", MUSL, "-Copt-level=2", "-Cstrip=symbols", "-o"])
         .arg(program)
         .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join(source))
         .output()

@@ -19,33 +19,7 @@ use std::{
 
 use kvm_bindings::{kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
-use serde::Serialize;
-
-/// What `/dev/kvm` is.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case", tag = "kvm")]
-pub enum Probe {
-    /// The processor runs guests: a stock kernel boots.
-    Hardware,
-    /// It works, but guests' kernels are emulated instruction by instruction: a stock kernel does not boot.
-    Software {
-        /// A sentence.
-        why: String,
-    },
-    /// It cannot be used.
-    Missing {
-        /// A sentence.
-        why: String,
-    },
-}
-
-impl Probe {
-    /// One line: `{"kvm":"software","why":"…"}`.
-    pub fn to_json(&self) -> String {
-        // Strings and a tag: nothing in it can fail to be written.
-        serde_json::to_string(self).unwrap_or_default()
-    }
-}
+use vmm_protocol::probe::Probe;
 
 /// Turns of the loop.
 const TURNS: u64 = 1000;
