@@ -91,6 +91,7 @@ fn inner() -> ! {
     devices.sort();
     println!("INNER DEVICES {}", devices.join(" "));
     println!("INNER CPUS {}", fs::read_to_string("/sys/devices/system/cpu/online").unwrap_or_default().trim());
+    println!("INNER RESETS BY {}", fs::read_to_string("/sys/kernel/reboot/type").unwrap_or_default().trim());
     println!("INNER CLOCK {}", fs::read_to_string("/sys/devices/system/clocksource/clocksource0/current_clocksource").unwrap_or_default().trim());
     let mut random = [0u8; 16];
     let entropy = File::open("/dev/hwrng").and_then(|mut file| file.read_exact(&mut random));
