@@ -37,7 +37,8 @@ impl Host {
                 return Ok(Self::Vsock(vsock::Listener::open().doing(|| "listening on the vsock port".to_owned())?));
             }
             if since.elapsed() > LIMIT {
-                return Err(io::Error::from(io::ErrorKind::NotFound)).doing(|| format!("waiting for a virtio port named {} or a vsock device", port::NAME));
+                let nothing = Err(io::Error::from(io::ErrorKind::NotFound));
+                return nothing.doing(|| format!("waiting for a virtio port named {} or a vsock device", port::NAME));
             }
             tokio::time::sleep(Duration::from_millis(5)).await;
         }

@@ -226,8 +226,11 @@ mod tests {
         assert_eq!(parse_line(b"CONNECT 1024"), Some(1024));
         assert_eq!(parse_line(b"CONNECT 0"), Some(0));
         assert_eq!(parse_line(b"CONNECT 4294967294"), Some(u32::MAX - 1));
-        for wrong in ["", "CONNECT", "CONNECT ", "CONNECT +5", "CONNECT -5", "connect 5", "CONNECT 5 ", "CONNECT  5", "CONNECT 5\r", "CONNECT 4294967295", "CONNECT 4294967296"] {
+        for wrong in ["", "CONNECT", "CONNECT ", "connect 5"] {
             assert_eq!(parse_line(wrong.as_bytes()), None, "{wrong:?}");
+        }
+        for wrong in ["+5", "-5", "5 ", " 5", "5\r", "4294967295", "4294967296"] {
+            assert_eq!(parse_line(format!("CONNECT {wrong}").as_bytes()), None, "{wrong:?}");
         }
     }
 }

@@ -308,7 +308,8 @@ impl Muxer {
     /// Ends what is out of time.
     fn sweep(&mut self, now: Instant) {
         self.clients.sweep(now);
-        let late: Vec<u32> = self.connections.values().filter(|it| it.deadline.is_some_and(|deadline| deadline <= now)).map(|it| it.host_port).collect();
+        let is_late = |connection: &&Connection| connection.deadline.is_some_and(|deadline| deadline <= now);
+        let late: Vec<u32> = self.connections.values().filter(is_late).map(|connection| connection.host_port).collect();
         for port in late {
             if let Some(connection) = self.connections.get_mut(&port) {
                 connection.abort();

@@ -118,13 +118,13 @@ fn a_saved_state_that_is_wrong_is_refused_with_a_sentence() {
     let mut world = World::running();
     let (_first, _) = world.connect(1024);
     let (_second, key) = world.connect(1024);
-    let room = 1 << 20;
-    world.guest.sockets.get_mut(&key).unwrap().to_send.extend(patterned(1, 0..room));
+    world.guest.sockets.get_mut(&key).unwrap().to_send.extend(patterned(1, 0..1 << 20));
     world.settle();
     world.device.pause();
     let state = world.device.save();
     let mut fresh = World::device(&world.dir, &world.epoll, 9);
-    for (what, wrong) in [("empty", &[][..]), ("short", &state[..state.len() - 1]), ("very short", &state[..20]), ("long", &[&state[..], b"x"].concat())] {
+    let long = [&state[..], b"x"].concat();
+    for (what, wrong) in [("empty", &[][..]), ("short", &state[..state.len() - 1]), ("very short", &state[..20]), ("long", &long)] {
         let error = fresh.restore(wrong).expect_err(what);
         assert!(error.to_string().starts_with("the saved state of the vsock device cannot be used: "), "{error}");
     }
@@ -373,13 +373,18 @@ impl Flood {
             self.end_emptied();
             if idle > 40 {
                 for stream in &self.streams {
-                    let socket = &self.world.guest.sockets[&stream.key.unwrap()];
-                    eprintln!("client: {} of {}, ended {} ({}); guest: {} of {}, {} to send, ended {} ({})", stream.client.heard.len(), stream.guest_wrote, stream.client.ended, stream.guest_ended, socket.received.len(), stream.client_wrote, socket.to_send.len(), socket.host_done, stream.client_ended);
+                    let Stream { client, key, client_wrote, guest_wrote, client_ended, guest_ended, .. } = stream;
+                    let socket = key.map(|key| &self.world.guest.sockets[&key]);
+                    let counts = socket.map(|socket| (socket.received.len(), socket.to_send.len(), socket.host_done));
+                    eprintln!("client: {} of {guest_wrote}, ended {} of {guest_ended}", client.heard.len(), client.ended);
+                    eprintln!("guest: {counts:?} of {client_wrote}, ended {client_ended}");
                 }
                 panic!("bytes are missing: {:?}", self.world.device.muxer);
             }
         }
-        assert!(self.world.guest.resets_heard.is_empty());
+        // On a slow machine a stream that both sides have ended may have been cleared away already; no other.
+        let ended = |key: &Key| self.streams.iter().any(|it| it.key == Some(*key) && it.client_ended && it.guest_ended);
+        assert!(self.world.guest.resets_heard.iter().all(ended), "{:?}", self.world.guest.resets_heard);
         for stream in &self.streams {
             assert_pattern(stream.seed, &self.world.guest.sockets[&stream.key.unwrap()].received);
             assert_pattern(stream.seed + 1, &stream.client.heard);
@@ -397,7 +402,7 @@ proptest! {
         steps in prop::collection::vec(step(), 1..120),
         window_here in prop_oneof![Just(WINDOW), 1..5000_u32],
         window_there in prop_oneof![Just(256 * 1024_u32), 1..5000_u32],
-        rx_payload in prop_oneof![Just(4096_u32), 1..200_u32],
+        rx_payload in prop_oneof![Just(4096_u32), 50..500_u32],
         queue_size in prop_oneof![Just(256_u16), Just(8)],
         event_idx in any::<bool>(),
     ) {
