@@ -109,6 +109,24 @@ pub enum Request {
     Quit,
 }
 
+impl Request {
+    /// For logs and errors.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Prepare { .. } => "Prepare",
+            Self::Boot { .. } => "Boot",
+            Self::Restore { .. } => "Restore",
+            Self::Run => "Run",
+            Self::Pause => "Pause",
+            Self::Save { .. } => "Save",
+            Self::Cancel => "Cancel",
+            Self::Usage => "Usage",
+            Self::Console => "Console",
+            Self::Quit => "Quit",
+        }
+    }
+}
+
 /// A network card.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

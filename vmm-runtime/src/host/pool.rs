@@ -136,9 +136,10 @@ impl<B: Backend> Pool<B> {
     }
 
     /// One that is ready now, if any.
-    pub fn take(&self, image_dir: &Path) -> Option<Ready<B>> {
+    pub fn take(&self, image: &Image) -> Option<Ready<B>> {
         let mut state = self.state.lock();
-        let shelf = state.shelves.get_mut(image_dir)?;
+        // A process has the memory of the image that it was started for, whatever has come to the same place since.
+        let shelf = state.shelves.get_mut(&image.dir).filter(|shelf| shelf.image.crc32 == image.crc32)?;
         while let Some(ready) = shelf.ready.pop() {
             if ready.process.is_alive() {
                 return Some(ready);
@@ -157,18 +158,26 @@ impl<B: Backend> Pool<B> {
 
     /// Fills up for this image, in the background.
     pub fn refill(self: &Arc<Self>, image: &Arc<Image>) {
-        {
+        let outdated = {
             let mut state = self.state.lock();
             if state.closed || self.config.per_image == 0 || self.config.total == 0 {
                 return;
             }
             let fresh = || Shelf { image: image.clone(), ready: Vec::new(), used: Instant::now() };
-            state.shelves.entry(image.dir.clone()).or_insert_with(fresh).used = Instant::now();
-        }
+            let shelf = state.shelves.entry(image.dir.clone()).or_insert_with(fresh);
+            shelf.used = Instant::now();
+            let outdated = shelf.image.crc32 != image.crc32;
+            outdated.then(|| std::mem::replace(shelf, fresh()).ready)
+        };
         let (pool, image_dir) = (self.clone(), image.dir.clone());
         // Ends by itself when the shelf is full, the image fails, or the pool is closed.
         tokio::spawn(async move {
             let _one = pool.refilling.lock().await;
+            if let Some(shared) = pool.shared.upgrade() {
+                for ready in outdated.into_iter().flatten() {
+                    ready.end(&shared).await;
+                }
+            }
             while pool.add_one(&image_dir).await {}
         });
     }
@@ -176,13 +185,13 @@ impl<B: Backend> Pool<B> {
     /// `false`: there is nothing more to do.
     async fn add_one(&self, image_dir: &Path) -> bool {
         let Some(shared) = self.shared.upgrade() else { return false };
-        let (wanted, surplus) = {
+        let (image, surplus) = {
             let mut state = self.state.lock();
             let Some(shelf) = state.shelves.get(image_dir).filter(|_| !state.closed) else { return false };
             if shelf.ready.len() >= self.config.per_image {
                 return false;
             }
-            let wanted = Role::Clone(shelf.image.clone());
+            let wanted = shelf.image.clone();
             let surplus = if state.count() < self.config.total { None } else { self.evict(&mut state, image_dir) };
             if surplus.is_none() && state.count() >= self.config.total {
                 return false;
@@ -192,12 +201,12 @@ impl<B: Backend> Pool<B> {
         if let Some(surplus) = surplus {
             surplus.end(&shared).await;
         }
-        let started = start(&shared, &wanted, Priority::Low).await;
+        let started = start(&shared, &Role::Clone(image.clone()), Priority::Low).await;
         let unwanted = {
             let mut state = self.state.lock();
             let closed = state.closed;
             match (started, state.shelves.get_mut(image_dir)) {
-                (Ok(ready), Some(shelf)) if !closed => {
+                (Ok(ready), Some(shelf)) if !closed && Arc::ptr_eq(&shelf.image, &image) => {
                     shelf.ready.push(ready);
                     None
                 }
@@ -243,3 +252,6 @@ impl<B: Backend> Pool<B> {
         let _last = self.refilling.lock().await;
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -205,7 +205,7 @@ pub(super) async fn restore<B: Backend>(shared: &Arc<Shared<B>>, spec: RestoreSp
 impl<B: Backend> Clone<'_, B> {
     async fn start(self, watch: &mut Stopwatch) -> Result<Arc<ProcessVm<B>>, EngineError> {
         let (backend, limits) = (&self.shared.backend, &self.shared.config.limits);
-        let Ready { process, vmm } = match self.shared.pool.take(&self.image.dir) {
+        let Ready { process, vmm } = match self.shared.pool.take(&self.image) {
             Some(ready) => {
                 watch.lap("process (ready)");
                 ready

@@ -75,21 +75,6 @@ impl Drop for Control {
     }
 }
 
-fn name(request: &Request) -> &'static str {
-    match request {
-        Request::Prepare { .. } => "prepare",
-        Request::Boot { .. } => "boot",
-        Request::Restore { .. } => "restore",
-        Request::Run => "run",
-        Request::Pause => "pause",
-        Request::Save { .. } => "save",
-        Request::Cancel => "cancel",
-        Request::Usage => "usage",
-        Request::Console => "console",
-        Request::Quit => "quit",
-    }
-}
-
 /// A connected socket that does not wait.
 pub fn connect(path: &Path) -> io::Result<OwnedFd> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
@@ -122,7 +107,7 @@ impl Control {
 
     /// Asks something, and returns the answer with its descriptors.
     pub async fn ask(&self, request: Request, descriptors: &[BorrowedFd<'_>], limit: Duration) -> Result<Answer, ControlError> {
-        let asked = name(&request);
+        let asked = request.name();
         let write = async |id| self.shared.write(&ToVmm { id, request }, descriptors).await;
         match self.shared.calls.call(limit, write).await {
             Ok((Reply::Failed { fault, why }, _)) => Err(ControlError::Refused { request: asked, fault, why }),
@@ -135,7 +120,7 @@ impl Control {
 
     /// Asks for something that is done or not.
     pub async fn demand(&self, request: Request, descriptors: &[BorrowedFd<'_>], limit: Duration) -> Result<Vec<(String, u64)>, ControlError> {
-        let asked = name(&request);
+        let asked = request.name();
         match self.ask(request, descriptors, limit).await? {
             (Reply::Done { phases_us }, _) => Ok(phases_us),
             _ => Err(ControlError::Unexpected { request: asked }),
@@ -260,7 +245,7 @@ mod tests {
     async fn a_refusal_carries_the_fault_and_the_reason() {
         let control = vmm(|packet, _| Some(vec![reply(packet.id, Reply::Failed { fault: Fault::Snapshot, why: "no".to_owned() })]));
         let error = control.demand(Request::Run, &[], LIMIT).await.unwrap_err();
-        assert!(matches!(&error, ControlError::Refused { request: "run", fault: Fault::Snapshot, why } if why == "no"), "{error:?}");
+        assert!(matches!(&error, ControlError::Refused { request: "Run", fault: Fault::Snapshot, why } if why == "no"), "{error:?}");
     }
 
     #[tokio::test]
@@ -275,7 +260,7 @@ mod tests {
     async fn silence_ends_at_the_deadline_and_a_late_answer_is_dropped() {
         let control = vmm(|packet, _| Some(if packet.id == 1 { Vec::new() } else { vec![done(1), done(packet.id)] }));
         let limit = Duration::from_millis(20);
-        assert!(matches!(control.demand(Request::Pause, &[], limit).await, Err(ControlError::Timeout { request: "pause", .. })));
+        assert!(matches!(control.demand(Request::Pause, &[], limit).await, Err(ControlError::Timeout { request: "Pause", .. })));
         assert_eq!(control.demand(Request::Run, &[], LIMIT).await.unwrap(), [("step".to_owned(), 2)]);
     }
 

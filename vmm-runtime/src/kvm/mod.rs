@@ -164,7 +164,7 @@ impl Kvm {
 fn saved(answer: Result<(Reply, Vec<std::os::fd::OwnedFd>), ControlError>) -> Result<(Saved, Vec<std::os::fd::OwnedFd>), ControlError> {
     match answer? {
         (Reply::Saved(saved), descriptors) => Ok((saved, descriptors)),
-        _ => Err(ControlError::Unexpected { request: "save" }),
+        _ => Err(ControlError::Unexpected { request: "Save" }),
     }
 }
 
@@ -308,7 +308,7 @@ impl Backend for Kvm {
         if saved.merged {
             save.layers.merged();
         }
-        let memory = saved.memory.ok_or_else(|| failed("saving the guest", ControlError::Unexpected { request: "save" }))?;
+        let memory = saved.memory.ok_or_else(|| failed("saving the guest", ControlError::Unexpected { request: "Save" }))?;
         tracing::debug!(pid = process.pid(), phases = ?saved.phases_us, "saved");
         let parts = SavedParts {
             state: state_part(&saved),

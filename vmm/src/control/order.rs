@@ -53,12 +53,12 @@ pub fn admit(phase: Phase, request: &Request, descriptors: usize) -> Result<(), 
             (Request::Save { .. }, Running) => ", Pause comes first",
             _ => "",
         };
-        return Err(format!("{} does not fit: {}{hint}", name(request), phase.told()));
+        return Err(format!("{} does not fit: {}{hint}", request.name(), phase.told()));
     }
     let wanted = descriptors_of(request);
     if wanted != Some(descriptors) {
         let wanted = wanted.map_or_else(|| "fewer layers and streams than that".to_owned(), |wanted| format!("{wanted}"));
-        return Err(format!("{} came with {descriptors} descriptors, and takes {wanted}", name(request)));
+        return Err(format!("{} came with {descriptors} descriptors, and takes {wanted}", request.name()));
     }
     Ok(())
 }
@@ -76,22 +76,6 @@ fn descriptors_of(request: &Request) -> Option<usize> {
         Request::Save { kind: SaveKind::Image } => Some(1),
         Request::Save { kind: SaveKind::Difference { .. } } => Some(4),
         Request::Run | Request::Pause | Request::Cancel | Request::Usage | Request::Console | Request::Quit => Some(0),
-    }
-}
-
-/// For refusals.
-pub fn name(request: &Request) -> &'static str {
-    match request {
-        Request::Prepare { .. } => "Prepare",
-        Request::Boot { .. } => "Boot",
-        Request::Restore { .. } => "Restore",
-        Request::Run => "Run",
-        Request::Pause => "Pause",
-        Request::Save { .. } => "Save",
-        Request::Cancel => "Cancel",
-        Request::Usage => "Usage",
-        Request::Console => "Console",
-        Request::Quit => "Quit",
     }
 }
 
@@ -134,7 +118,7 @@ Broken   - - - - - - - Cancel - - Quit
                 .iter()
                 .map(|request| {
                     let count = descriptors_of(request).unwrap();
-                    admit(phase, request, count).map_or("-", |()| name(request))
+                    admit(phase, request, count).map_or("-", |()| request.name())
                 })
                 .collect();
             table += &format!("{:<9}{}\n", format!("{phase:?}"), row.join(" "));
