@@ -20,9 +20,6 @@ use crate::{
 };
 
 const START_MAGIC: u32 = 0x336e_c578;
-/// What the kernel is told of this machine besides the caller's arguments: that there is no PCI, which it would find out by some
-/// 8,000 looks at configuration space, each an exit.
-const OWN_ARGUMENTS: &str = "pci=off";
 /// Types of memory, as in ACPI's address map.
 const RAM: u32 = 1;
 const RESERVED: u32 = 2;
@@ -77,13 +74,12 @@ pub fn load(memory: &GuestMemoryMmap, memory_bytes: u64, kernel: &[u8], initramf
     if !cmdline.is_ascii() || cmdline.contains('\0') {
         return Err(BootError::Cmdline("hold something else than ASCII".to_owned()));
     }
-    let most = layout::CMDLINE_BYTES - OWN_ARGUMENTS.len() - 2;
+    let most = layout::CMDLINE_BYTES - 1;
     if cmdline.len() > most {
         return Err(BootError::Cmdline(format!("have {} bytes; the kernel takes {most}", cmdline.len())));
     }
     let write = |bytes: &[u8], at: u64| memory.write_slice(bytes, GuestAddress(at)).map_err(|_| no_room("boot structures"));
-    let cmdline = format!("{cmdline} {OWN_ARGUMENTS}\0");
-    write(cmdline.as_bytes(), layout::CMDLINE)?;
+    write(&[cmdline.as_bytes(), &[0]].concat(), layout::CMDLINE)?;
 
     write(&reset_code(), layout::RESET_VECTOR)?;
     let rsdp = acpi::write(memory, tables).ok_or_else(|| no_room("ACPI tables"))?;
