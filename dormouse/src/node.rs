@@ -280,12 +280,14 @@ async fn open_engine(config: &Config, data_dir: &Path) -> Result<Arc<dyn Engine>
             config::Accelerator::Tcg => qemu::Accel::Tcg,
             config::Accelerator::Kvm => qemu::Accel::Kvm,
         },
-        kernel: kit.kernel,
-        initrd: kit.initrd,
-        guest_fingerprint: kit.fingerprint,
-        run_dir: data_dir.join("run/vmm"),
-        pool: qemu::PoolConfig { per_image: ready.min(1), total: ready },
-        limits: qemu::Limits::default(),
+        host: qemu::HostConfig {
+            kernel: kit.kernel,
+            initrd: kit.initrd,
+            guest_fingerprint: kit.fingerprint,
+            run_dir: data_dir.join("run/vmm"),
+            pool: qemu::PoolConfig { per_image: ready.min(1), total: ready },
+            limits: qemu::Limits::default(),
+        },
     })
     .await?;
     Ok(Arc::new(engine))

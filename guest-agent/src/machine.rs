@@ -13,8 +13,13 @@ use rustix::mount::{MountFlags, mount, mount_move};
 
 use crate::{cgroup, sys};
 
-/// Where the initramfs has the modules, and the file that lists them in the order of loading.
+/// Where the initramfs has the modules, and the files that list them in the order of loading: for virtio devices on PCI, and
+/// for those that ACPI announces as memory windows.
 const MODULES: &str = "/modules";
+const PCI_ORDER: &str = "/modules/order";
+const MMIO_ORDER: &str = "/modules/order.mmio";
+/// How ACPI names a virtio-mmio window.
+const MMIO_ACPI_ID: &str = "LNRO0005";
 const NEW_ROOT: &str = "/newroot";
 const ROOT_DISK: &str = "/dev/vda";
 /// A disk that is not there by then does not come.
@@ -72,10 +77,10 @@ fn mount_on(what: &str, at: &str, flags: MountFlags, options: &str) -> Result<()
     mount(what, at, what, flags, Some(options.as_c_str())).doing(|| format!("mounting {what} on {at}"))
 }
 
-/// Loads what the initramfs lists. A module that is loaded or built in already is no fault.
+/// Loads what the initramfs lists for this machine's bus. A module that is loaded or built in already is no fault.
 pub(crate) fn load_modules() -> Result<(), SetupError> {
-    let order = format!("{MODULES}/order");
-    let listed = fs::read_to_string(&order).doing(|| format!("reading {order}"))?;
+    let order = if has_mmio_devices() { MMIO_ORDER } else { PCI_ORDER };
+    let listed = fs::read_to_string(order).doing(|| format!("reading {order}"))?;
     for name in listed.lines().filter(|line| !line.is_empty()) {
         let path = format!("{MODULES}/{name}");
         let file = fs::File::open(&path).doing(|| format!("opening {path}"))?;
@@ -85,6 +90,11 @@ pub(crate) fn load_modules() -> Result<(), SetupError> {
         }
     }
     Ok(())
+}
+
+fn has_mmio_devices() -> bool {
+    let Ok(devices) = fs::read_dir("/sys/bus/acpi/devices") else { return false };
+    devices.flatten().any(|device| device.file_name().to_string_lossy().starts_with(MMIO_ACPI_ID))
 }
 
 /// The kernel must take anybody else first when memory runs out.

@@ -9,11 +9,13 @@
 mod agent;
 mod app;
 mod cgroup;
+mod host;
 mod listeners;
 mod machine;
 mod port;
 mod sys;
 mod users;
+mod vsock;
 
 use std::{process::ExitCode, sync::Arc};
 
@@ -44,12 +46,11 @@ fn run() -> Result<std::convert::Infallible, machine::SetupError> {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|source| setup("starting the runtime".to_owned(), source))?;
     runtime.block_on(async {
-        let port = port::AgentPort::open().await?;
+        let host = host::Host::find().await?;
         let end = GuestEnd::new();
         let agent = Arc::new(agent::Agent::new(end.clone())?);
         let _reaper = agent.clone().reap().map_err(|source| setup("watching for ended processes".to_owned(), source))?;
         say!("ready");
-        let ended = end.run(port, agent).await;
-        Err(setup("serving the host".to_owned(), ended.err().unwrap_or_else(|| std::io::ErrorKind::UnexpectedEof.into())))
+        host.serve(end, agent).await
     })
 }

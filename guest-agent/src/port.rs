@@ -8,10 +8,10 @@
 use std::{
     fs, io,
     os::fd::OwnedFd,
-    path::PathBuf,
+    path::{Path, PathBuf},
     pin::Pin,
     task::{Context, Poll, ready},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use rustix::{
@@ -29,9 +29,7 @@ use crate::{
     sys,
 };
 
-const NAME: &str = "dormouse.agent";
-/// A port that is not there by then does not come.
-const LIMIT: Duration = Duration::from_secs(10);
+pub(crate) const NAME: &str = "dormouse.agent";
 /// How often a port without a host is looked at, should an edge be missed.
 const RECHECK: Duration = Duration::from_millis(40);
 
@@ -43,26 +41,17 @@ pub(crate) struct AgentPort {
 }
 
 impl AgentPort {
-    /// Waits for the host's port and opens it.
-    pub async fn open() -> Result<Self, SetupError> {
-        let since = Instant::now();
-        let device = loop {
-            if let Some(device) = find() {
-                break device;
-            }
-            if since.elapsed() > LIMIT {
-                return Err(io::Error::from(io::ErrorKind::NotFound)).doing(|| format!("waiting for a virtio port named {NAME}"));
-            }
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        };
+    /// Opens the host's port.
+    pub fn open(device: &Path) -> Result<Self, SetupError> {
         let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let port = rustix::fs::open(&device, flags, Mode::empty()).doing(|| format!("opening {}", device.display()))?;
+        let port = rustix::fs::open(device, flags, Mode::empty()).doing(|| format!("opening {}", device.display()))?;
         let edge = |flags| Edge::new(&port, flags).doing(|| format!("watching {}", device.display()));
         Ok(Self { readable: edge(epoll::EventFlags::IN)?, writable: edge(epoll::EventFlags::OUT)?, port })
     }
 }
 
-fn find() -> Option<PathBuf> {
+/// The device of the host's port, if it is there (yet).
+pub(crate) fn find() -> Option<PathBuf> {
     let ports = fs::read_dir("/sys/class/virtio-ports").ok()?;
     let named = ports.flatten().find(|port| fs::read_to_string(port.path().join("name")).is_ok_and(|name| name.trim_end() == NAME))?;
     let device = PathBuf::from("/dev").join(named.file_name());

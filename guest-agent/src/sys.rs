@@ -4,12 +4,13 @@ use std::{
     convert::Infallible,
     ffi::{CStr, CString},
     io,
-    os::fd::{AsRawFd, OwnedFd},
+    os::fd::{AsRawFd, FromRawFd, OwnedFd},
     ptr,
 };
 
 use rustix::{
     mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount},
+    net::{AddressFamily, SocketFlags, SocketType},
     process::{Gid, Pid, Resource, Rlimit, Uid},
 };
 use tokio::io::{Interest, unix::AsyncFd};
@@ -60,6 +61,50 @@ pub(crate) fn reseed(entropy: &[u8; 64]) -> io::Result<()> {
 pub(crate) fn watch_readable(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an OwnedFd is open and names the same description for as long as it lives, and the AsyncFd owns it.
     Ok(unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }?)
+}
+
+/// A descriptor whose readiness for both directions the runtime watches.
+pub(crate) fn watch_both(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an OwnedFd is open and names the same description for as long as it lives, and the AsyncFd owns it.
+    Ok(unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE | Interest::WRITABLE) }?)
+}
+
+const VSOCK_ADDRESS_BYTES: libc::socklen_t = size_of::<libc::sockaddr_vm>() as libc::socklen_t;
+
+fn vsock_address() -> libc::sockaddr_vm {
+    // SAFETY: all zeros is a valid sockaddr_vm: it consists of integers and byte arrays.
+    unsafe { std::mem::zeroed() }
+}
+
+/// A socket that listens on a vsock port of this guest and does not block.
+pub(crate) fn listen_vsock(port: u32) -> io::Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::VSOCK, SocketType::STREAM, flags, None)?;
+    let mut address = vsock_address();
+    address.svm_family = libc::AF_VSOCK as libc::sa_family_t;
+    address.svm_cid = libc::VMADDR_CID_ANY;
+    address.svm_port = port;
+    // SAFETY: bind reads VSOCK_ADDRESS_BYTES bytes, the size of `address`, which outlives the call.
+    check(unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), VSOCK_ADDRESS_BYTES) })?;
+    rustix::net::listen(&socket, 8)?;
+    Ok(socket)
+}
+
+/// The next connection of such a socket, which does not block either, and the context id that it comes from.
+pub(crate) fn accept_vsock(listener: &OwnedFd) -> io::Result<(OwnedFd, u32)> {
+    let mut address = vsock_address();
+    let mut address_bytes = VSOCK_ADDRESS_BYTES;
+    // SAFETY: accept4 writes at most `address_bytes` bytes, the size of `address`, and both outlive the call.
+    let accepted = unsafe {
+        libc::accept4(listener.as_raw_fd(), (&raw mut address).cast(), &mut address_bytes, libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK)
+    };
+    check(accepted)?;
+    // SAFETY: accept4 has just made the descriptor, and nobody else knows it.
+    let socket = unsafe { OwnedFd::from_raw_fd(accepted) };
+    if address_bytes < VSOCK_ADDRESS_BYTES {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    Ok((socket, address.svm_cid))
 }
 
 fn check(result: libc::c_int) -> io::Result<()> {

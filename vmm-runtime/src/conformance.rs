@@ -19,7 +19,10 @@ use async_trait::async_trait;
 use futures::FutureExt;
 use model::{Generation, MicrovmId, Port, Shape};
 
-use crate::engine::{AppSpec, BootSpec, Engine, LaunchSpec, RestoreSpec, Started, Vm};
+use crate::{
+    engine::{AppSpec, BootSpec, Engine, LaunchSpec, RestoreSpec, Started, Vm},
+    host::chain,
+};
 
 /// What the suite has to be given.
 #[async_trait]
@@ -150,18 +153,6 @@ fn print_phases(what: &str, started: &Started) {
     let total: Duration = started.phases.iter().map(|(_, time)| *time).sum();
     let phases: Vec<String> = started.phases.iter().map(|(name, time)| format!("{name} {time:.1?}")).collect();
     println!("    {what} {total:.1?}: {}", phases.join(", "));
-}
-
-/// An error with all its causes.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }
 
 /// Runs every check that fits the bench.

@@ -208,13 +208,30 @@ pub enum DialError {
     },
 }
 
-/// Counters of one microVM; they only grow within a generation.
+/// Counters of one microVM; all but the memory only grow within a generation. What an engine does not count is 0.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Usage {
     /// CPU time of the VMM process (vCPUs and devices), in microseconds.
     pub cpu_micros: u64,
     /// Memory that belongs to this microVM alone, in bytes.
     pub private_bytes: u64,
+    /// The most that was resident at a time, in bytes.
+    pub peak_bytes: u64,
+    /// Bytes read from the disk.
+    pub block_read_bytes: u64,
+    /// Bytes written to the disk.
+    pub block_written_bytes: u64,
+    /// Bytes that the guest sent into its network.
+    pub net_sent_bytes: u64,
+    /// Bytes that came to the guest out of its network.
+    pub net_received_bytes: u64,
+    /// Bytes from the guest on its streams.
+    pub stream_sent_bytes: u64,
+    /// Bytes to the guest on its streams.
+    pub stream_received_bytes: u64,
+    /// Exits of the vCPUs to the VMM.
+    pub exits: u64,
 }
 
 /// Runs microVMs.

@@ -1,134 +1,49 @@
 //! The qemu engine keeps its promises, with real guests: Debian's kernel, our agent, an app.
 //!
-//! Needs a kernel package unpacked in `$DORMOUSE_KERNEL_DIR` (default `~/.cache/dormouse/kernel`), and the guest agent built
-//! for `x86_64-unknown-linux-musl` in release mode (or `$DORMOUSE_GUEST_AGENT`). Without them it says so and checks nothing.
-//! `CONFORMANCE_ONLY=<part of a name>` runs some of the checks.
+//! What it needs is in `support/mod.rs`; without that it says so and checks nothing. `CONFORMANCE_ONLY=<part of a name>`
+//! runs some of the checks.
 
 mod support;
 
 use std::{
-    env, fs,
-    path::{Path, PathBuf},
-    process::Command,
+    fs,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use async_trait::async_trait;
-use model::{Generation, MicrovmId};
+use model::Generation;
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio_util::sync::CancellationToken;
 use vmm_runtime::{
-    conformance::{self, Bench, ECHO, Guests, HTTP},
-    engine::{AppSpec, DialError, Engine, EngineError, Exit, LaunchSpec, RestoreSpec, SuspendOutcome, Vm},
-    guest_kit::{self, GuestKit},
-    qemu::{Accel, Limits, PoolConfig, QemuConfig, QemuEngine, QemuVm},
+    conformance::{self, Bench, ECHO, HTTP},
+    engine::{DialError, Engine, EngineError, Exit, RestoreSpec, SuspendOutcome, Vm},
+    qemu::{Accel, HostConfig, Limits, QemuConfig, QemuEngine, QemuVm, process::Process},
 };
 
-const DISK_BYTES: u64 = 1 << 30;
+use crate::support::{GuestBench, Guests, Start};
 
-struct QemuBench {
-    kit: GuestKit,
-    dir: tempfile::TempDir,
-    pool: PoolConfig,
-    limits: Limits,
-}
-
-impl QemuBench {
-    /// `None` with a sentence on stderr: something that only setup can provide is missing.
-    fn find() -> Option<Self> {
-        let _ = tracing_subscriber::fmt().with_test_writer().with_max_level(tracing::Level::INFO).try_init();
-        let home = PathBuf::from(env::var_os("HOME")?);
-        let kernel_dir = env::var_os("DORMOUSE_KERNEL_DIR").map_or_else(|| home.join(".cache/dormouse/kernel"), PathBuf::from);
-        let agent = env::var_os("DORMOUSE_GUEST_AGENT").map_or_else(
-            || {
-                let default = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target");
-                let target = env::var_os("CARGO_TARGET_DIR").map_or(default, PathBuf::from);
-                target.join("x86_64-unknown-linux-musl/release/guest-agent")
-            },
-            PathBuf::from,
-        );
-        let dir = tempfile::tempdir().expect("the temporary directory is writable");
-        match guest_kit::assemble(&kernel_dir, &agent, &dir.path().join("kit")) {
-            Ok(kit) => Some(Self { kit, dir, pool: PoolConfig { per_image: 1, total: 4 }, limits: Limits::default() }),
-            Err(error) => {
-                eprintln!("SKIPPED: the qemu engine is not tested: {error} ({})", std::error::Error::source(&error).map_or_else(String::new, ToString::to_string));
-                None
-            }
-        }
-    }
-
-    async fn start(&self) -> QemuEngine {
-        let config = QemuConfig {
-            qemu: "qemu-system-x86_64".into(),
-            accel: Accel::Tcg,
-            kernel: self.kit.kernel.clone(),
-            initrd: self.kit.initrd.clone(),
-            guest_fingerprint: self.kit.fingerprint.clone(),
-            run_dir: self.dir.path().join("run"),
-            pool: self.pool,
-            limits: self.limits,
-        };
-        QemuEngine::new(config).await.unwrap_or_else(|error| panic!("{error}"))
-    }
-
-    fn microvm(&self) -> LaunchSpec {
-        let id = MicrovmId::random();
-        let dir = self.dir.path().join(id.to_string());
-        fs::create_dir(&dir).unwrap();
-        LaunchSpec { id, dir, image_dir: self.dir.path().join("image"), identity: Default::default() }
-    }
-}
+struct Qemu;
 
 #[async_trait]
-impl Bench for QemuBench {
-    async fn engine(&self) -> Arc<dyn Engine> {
-        Arc::new(self.start().await)
-    }
+impl Start for Qemu {
+    type Started = QemuEngine;
 
-    fn work_dir(&self) -> &Path {
-        self.dir.path()
-    }
-
-    async fn root_disk(&self, to: &Path) {
-        let tree = self.dir.path().join("tree");
-        fs::create_dir_all(tree.join("tmp")).unwrap();
-        fs::rename(support::guest_app(self.dir.path()), tree.join("app")).unwrap();
-        fs::File::create(to).unwrap().set_len(DISK_BYTES).unwrap();
-        let output = Command::new("mkfs.ext4").args(["-q", "-F", "-O", "^has_journal", "-d"]).arg(&tree).arg(to).output().expect("mkfs.ext4 is installed");
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    }
-
-    fn app(&self) -> AppSpec {
-        let env = [("PATH", "/bin"), ("HOME", "/root")].map(|(name, value)| (name.to_owned(), value.to_owned())).into();
-        AppSpec { argv: vec!["/app".into()], env, workdir: "/".into(), user: String::new(), exposed: vec![HTTP] }
-    }
-
-    fn guests(&self) -> Guests {
-        Guests::Real
+    async fn start(&self, host: HostConfig) -> QemuEngine {
+        let config = QemuConfig { qemu: "qemu-system-x86_64".into(), accel: Accel::Tcg, host };
+        QemuEngine::new(config).await.unwrap_or_else(|error| panic!("{error}"))
     }
 }
 
-/// Ends every process of the bench, also when a check has panicked.
-struct SweepAtEnd<'a>(&'a QemuBench);
-
-impl Drop for SweepAtEnd<'_> {
-    fn drop(&mut self) {
-        // Within the test's runtime; what is only signalled here is gone soon after.
-        for process in vmm_runtime::qemu::process::Process::find_all(&self.0.dir.path().join("run")).unwrap() {
-            process.signal_kill();
-        }
-    }
+fn bench() -> Option<GuestBench<Qemu>> {
+    Some(GuestBench::new(Guests::find("qemu")?, Qemu))
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_qemu_engine_conforms() {
-    let Some(bench) = QemuBench::find() else { return };
-    let _sweep = SweepAtEnd(&bench);
-    conformance::run_all(&bench).await;
-    let left = vmm_runtime::qemu::process::Process::find_all(&bench.dir.path().join("run")).unwrap();
-    assert!(left.is_empty(), "processes were left behind: {left:?}");
+    let Some(bench) = bench() else { return };
+    bench.conforms().await;
 }
 
 fn pid(vm: &Arc<dyn Vm>) -> Pid {
@@ -145,9 +60,9 @@ async fn get(vm: &Arc<dyn Vm>, path: &str) -> String {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_host_that_misbehaves_hangs_nothing() {
-    let Some(mut bench) = QemuBench::find() else { return };
+    let Some(mut bench) = bench() else { return };
     bench.limits = Limits { quiesce: Duration::from_secs(1), command: Duration::from_secs(1), dial: Duration::from_secs(1), ..Limits::default() };
-    let _sweep = SweepAtEnd(&bench);
+    let _sweep = bench.sweep_at_end();
     let _suite = conformance::Suite::prepare(&bench).await;
     let engine = bench.start().await;
 
@@ -196,8 +111,7 @@ async fn a_host_that_misbehaves_hangs_nothing() {
 
     // A ready process that has died is not used.
     engine.warm(image_dir.clone()).await;
-    let run_dir = bench.dir.path().join("run");
-    for process in vmm_runtime::qemu::process::Process::find_all(&run_dir).unwrap() {
+    for process in Process::find_all(&bench.run_dir()).unwrap() {
         process.kill(Duration::from_secs(5)).await;
     }
     let vm = engine.launch(bench.microvm()).await.unwrap_or_else(|error| panic!("{error}")).vm;
@@ -208,13 +122,13 @@ async fn a_host_that_misbehaves_hangs_nothing() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_kernel_that_panics_is_quoted() {
-    let Some(mut bench) = QemuBench::find() else { return };
-    bench.kit.initrd = bench.dir.path().join("no-initrd");
-    fs::write(&bench.kit.initrd, b"garbage").unwrap();
+    let Some(mut bench) = bench() else { return };
+    bench.guests.kit.initrd = bench.work_dir().join("no-initrd");
+    fs::write(&bench.guests.kit.initrd, b"garbage").unwrap();
     bench.limits.boot = Duration::from_secs(30);
-    let _sweep = SweepAtEnd(&bench);
+    let _sweep = bench.sweep_at_end();
     let engine = bench.start().await;
-    let (dir, root_disk) = (bench.dir.path().join("build"), bench.dir.path().join("disk"));
+    let (dir, root_disk) = (bench.work_dir().join("build"), bench.work_dir().join("disk"));
     fs::create_dir(&dir).unwrap();
     bench.root_disk(&root_disk).await;
     let spec = vmm_runtime::engine::BootSpec { name: "panic".into(), dir, root_disk, shape: conformance::SHAPE, app: bench.app() };

@@ -274,7 +274,7 @@ impl Vm for LoopbackVm {
     }
 
     async fn usage(&self) -> Usage {
-        Usage { cpu_micros: u64::try_from(self.process.started.elapsed().as_micros()).unwrap_or(u64::MAX), private_bytes: 4096 }
+        Usage { cpu_micros: u64::try_from(self.process.started.elapsed().as_micros()).unwrap_or(u64::MAX), private_bytes: 4096, ..Usage::default() }
     }
 
     fn as_any(&self) -> &dyn Any {

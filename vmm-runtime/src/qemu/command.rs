@@ -10,6 +10,8 @@ use std::path::Path;
 use model::Shape;
 use sha2::{Digest, Sha256};
 
+use crate::host::process::name_argument;
+
 /// How guest code is run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Accel {
@@ -69,30 +71,20 @@ pub struct Machine {
     pub shape: Shape,
 }
 
-/// What a process is for.
+/// What is booted.
 #[derive(Debug, Clone, Copy)]
-pub enum Role<'a> {
-    /// Boots a kernel, writing guest memory into the file.
-    Boot {
-        /// Kernel image.
-        kernel: &'a Path,
-        /// Initramfs.
-        initrd: &'a Path,
-        /// Raw root disk.
-        root_disk: &'a Path,
-    },
-    /// Waits for device state, reading guest memory from the file and writing none of it back.
-    Clone,
+pub struct Guest<'a> {
+    /// Kernel image.
+    pub kernel: &'a Path,
+    /// Initramfs.
+    pub initrd: &'a Path,
+    /// Raw root disk.
+    pub root_disk: &'a Path,
 }
 
 /// Commas separate the options of one argument; QEMU reads a doubled one as one.
 fn escaped(path: &Path) -> String {
     path.display().to_string().replace(',', ",,")
-}
-
-/// The argument by which a process of ours is known in `/proc/<pid>/cmdline`.
-pub fn name_argument(process_dir: &Path) -> String {
-    format!("dormouse:{}", escaped(process_dir))
 }
 
 impl Machine {
@@ -141,28 +133,33 @@ impl Machine {
         .into()
     }
 
-    /// The whole command line, without the program.
-    pub fn arguments(&self, process_dir: &Path, memory: &Path, role: Role<'_>) -> Vec<String> {
-        let share = match role {
-            Role::Boot { .. } => "on",
-            Role::Clone => "off",
-        };
+    fn common(&self, process_dir: &Path, memory: &Path, share: &str) -> Vec<String> {
         let mut arguments = vec!["-name".to_owned(), name_argument(process_dir)];
         arguments.extend(self.devices(&format!("mem-path={},share={share}", escaped(memory))));
         arguments.extend(["-qmp".to_owned(), format!("unix:{QMP_SOCKET},server=on,wait=off")]);
-        match role {
-            Role::Boot { kernel, initrd, root_disk } => {
-                let file = format!("driver=file,node-name=root-file,cache.no-flush=on,discard=unmap,filename={}", escaped(root_disk));
-                arguments.extend(["-blockdev".to_owned(), file]);
-                let raw = format!("driver=raw,node-name={ROOT_NODE},cache.no-flush=on,discard=unmap,file=root-file");
-                arguments.extend(["-blockdev".to_owned(), raw]);
-                arguments.extend(["-device".to_owned(), format!("{DISK_DEVICE},id={DISK_ID},drive={ROOT_NODE},addr={DISK_ADDRESS}")]);
-                // These take a plain path.
-                arguments.extend(["-kernel".to_owned(), kernel.display().to_string(), "-initrd".to_owned(), initrd.display().to_string()]);
-                arguments.extend(["-append".to_owned(), KERNEL_ARGUMENTS.to_owned()]);
-            }
-            Role::Clone => arguments.extend(["-incoming".to_owned(), "defer".to_owned()]),
-        }
+        arguments
+    }
+
+    /// The command line, without the program, of a process that boots a kernel, writing guest memory into the file.
+    pub fn boot(&self, process_dir: &Path, memory: &Path, guest: &Guest<'_>) -> Vec<String> {
+        let Guest { kernel, initrd, root_disk } = guest;
+        let mut arguments = self.common(process_dir, memory, "on");
+        let file = format!("driver=file,node-name=root-file,cache.no-flush=on,discard=unmap,filename={}", escaped(root_disk));
+        arguments.extend(["-blockdev".to_owned(), file]);
+        let raw = format!("driver=raw,node-name={ROOT_NODE},cache.no-flush=on,discard=unmap,file=root-file");
+        arguments.extend(["-blockdev".to_owned(), raw]);
+        arguments.extend(["-device".to_owned(), format!("{DISK_DEVICE},id={DISK_ID},drive={ROOT_NODE},addr={DISK_ADDRESS}")]);
+        // These take a plain path.
+        arguments.extend(["-kernel".to_owned(), kernel.display().to_string(), "-initrd".to_owned(), initrd.display().to_string()]);
+        arguments.extend(["-append".to_owned(), KERNEL_ARGUMENTS.to_owned()]);
+        arguments
+    }
+
+    /// The command line of a process that waits for device state, reading guest memory from the file and writing none of it
+    /// back.
+    pub fn clone_of(&self, process_dir: &Path, memory: &Path) -> Vec<String> {
+        let mut arguments = self.common(process_dir, memory, "off");
+        arguments.extend(["-incoming".to_owned(), "defer".to_owned()]);
         arguments
     }
 
@@ -193,7 +190,7 @@ mod tests {
 
     #[test]
     fn a_path_cannot_add_options() {
-        let arguments = machine(512).arguments(Path::new("/run/a,b"), Path::new("/d/x,share=on"), Role::Clone);
+        let arguments = machine(512).clone_of(Path::new("/run/a,b"), Path::new("/d/x,share=on"));
         assert!(arguments.iter().any(|argument| argument.ends_with("mem-path=/d/x,,share=on,share=off")));
         assert_eq!(arguments[1], "dormouse:/run/a,,b");
     }
@@ -207,8 +204,8 @@ mod tests {
 
     #[test]
     fn boot_and_clone_are_the_same_machine() {
-        let boot = Role::Boot { kernel: Path::new("k"), initrd: Path::new("i"), root_disk: Path::new("d") };
-        let (boot, clone) = (machine(512).arguments(Path::new("r"), Path::new("m"), boot), machine(512).arguments(Path::new("r"), Path::new("m"), Role::Clone));
+        let guest = Guest { kernel: Path::new("k"), initrd: Path::new("i"), root_disk: Path::new("d") };
+        let (boot, clone) = (machine(512).boot(Path::new("r"), Path::new("m"), &guest), machine(512).clone_of(Path::new("r"), Path::new("m")));
         let same = boot.iter().zip(&clone).take_while(|(boot, clone)| boot.replace("share=on", "share=off") == **clone).count();
         assert_eq!(clone[same..], ["-incoming", "defer"]);
     }

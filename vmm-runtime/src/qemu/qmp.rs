@@ -5,7 +5,6 @@
 //! limit.
 
 use std::{
-    collections::HashMap,
     io::{self, IoSlice},
     mem::MaybeUninit,
     os::fd::{AsFd, BorrowedFd},
@@ -13,15 +12,16 @@ use std::{
     time::Duration,
 };
 
-use parking_lot::Mutex;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use serde_json::{Value, json};
 use tokio::{
     io::Interest,
     net::UnixStream,
-    sync::{broadcast, oneshot, watch},
+    sync::{broadcast, watch},
     task::JoinHandle,
 };
+
+use crate::host::calls::{CallError, Calls};
 
 /// The longest answer that is read; the greatest we ask for is the console ring, escaped.
 const MAX_LINE_BYTES: usize = 1 << 20;
@@ -72,17 +72,14 @@ type Answer = Result<Value, String>;
 
 struct Shared {
     stream: UnixStream,
-    /// Commands without an answer, by their number; `None` once the connection has ended.
-    pending: Mutex<Option<HashMap<u64, oneshot::Sender<Answer>>>>,
+    calls: Calls<Answer>,
     events: broadcast::Sender<Event>,
-    closed: watch::Sender<bool>,
+    guest_stopped: watch::Sender<bool>,
 }
 
 /// The client. Dropping it closes the connection, which QEMU survives.
 pub struct Qmp {
     shared: Arc<Shared>,
-    /// Held while a command is written, and counts them.
-    next_id: tokio::sync::Mutex<u64>,
     reader: JoinHandle<()>,
 }
 
@@ -97,20 +94,19 @@ impl Qmp {
     pub async fn start(stream: UnixStream, limit: Duration) -> Result<Self, QmpError> {
         let shared = Arc::new(Shared {
             stream,
-            pending: Mutex::new(Some(HashMap::new())),
+            calls: Calls::new(),
             events: broadcast::Sender::new(MAX_EVENTS),
-            closed: watch::Sender::new(false),
+            guest_stopped: watch::Sender::new(false),
         });
         // The greeting is a line that answers nothing; it is skipped like an unknown event.
         let reader = tokio::spawn({
             let shared = shared.clone();
             async move {
                 shared.read().await;
-                shared.pending.lock().take();
-                shared.closed.send_replace(true);
+                shared.calls.close();
             }
         });
-        let qmp = Self { shared, next_id: tokio::sync::Mutex::new(0), reader };
+        let qmp = Self { shared, reader };
         qmp.execute("qmp_capabilities", json!({}), limit).await?;
         Ok(qmp)
     }
@@ -132,42 +128,26 @@ impl Qmp {
 
     /// Returns when QEMU has closed the connection.
     pub async fn closed(&self) {
+        self.shared.calls.closed().await;
+    }
+
+    /// Returns when QEMU has said that the guest will not run any more.
+    pub async fn guest_stopped(&self) {
         // The sender lives in `self`, so waiting cannot fail.
-        let _ = self.shared.closed.subscribe().wait_for(|closed| *closed).await;
+        let _ = self.shared.guest_stopped.subscribe().wait_for(|stopped| *stopped).await;
     }
 
     async fn run(&self, command: &str, arguments: Value, fd: Option<BorrowedFd<'_>>, limit: Duration) -> Result<Value, QmpError> {
-        let exchange = async {
-            let mut next_id = self.next_id.lock().await;
-            *next_id += 1;
-            let id = *next_id;
-            let (answer, answered) = oneshot::channel();
-            self.shared.pending.lock().as_mut().ok_or(QmpError::Closed)?.insert(id, answer);
-            let _entry = Entry { shared: &self.shared, id };
+        let write = async |id| {
             let line = format!("{}\n", json!({ "execute": command, "arguments": arguments, "id": id }));
-            self.shared.write(line.as_bytes(), fd).await.map_err(QmpError::Io)?;
-            drop(next_id);
-            match answered.await {
-                Ok(Ok(value)) => Ok(value),
-                Ok(Err(why)) => Err(QmpError::Refused { command: command.to_owned(), why }),
-                Err(_) => Err(QmpError::Closed),
-            }
+            self.shared.write(line.as_bytes(), fd).await
         };
-        let late = || QmpError::Timeout { command: command.to_owned(), limit };
-        tokio::time::timeout(limit, exchange).await.unwrap_or_else(|_| Err(late()))
-    }
-}
-
-/// Takes a command whose caller left off the books.
-struct Entry<'a> {
-    shared: &'a Shared,
-    id: u64,
-}
-
-impl Drop for Entry<'_> {
-    fn drop(&mut self) {
-        if let Some(pending) = self.shared.pending.lock().as_mut() {
-            pending.remove(&self.id);
+        match self.shared.calls.call(limit, write).await {
+            Ok(Ok(value)) => Ok(value),
+            Ok(Err(why)) => Err(QmpError::Refused { command: command.to_owned(), why }),
+            Err(CallError::Timeout) => Err(QmpError::Timeout { command: command.to_owned(), limit }),
+            Err(CallError::Closed) => Err(QmpError::Closed),
+            Err(CallError::Io(error)) => Err(QmpError::Io(error)),
         }
     }
 }
@@ -215,6 +195,9 @@ impl Shared {
         if let Some(name) = message.get("event").and_then(Value::as_str) {
             let name = name.to_owned();
             let data = message.get_mut("data").map(Value::take).unwrap_or_default();
+            if matches!(name.as_str(), "SHUTDOWN" | "GUEST_PANICKED") {
+                self.guest_stopped.send_replace(true);
+            }
             // Nobody listening is fine.
             let _ = self.events.send(Event { name, data });
             return;
@@ -224,9 +207,7 @@ impl Shared {
             Some(value) => Ok(value.take()),
             None => Err(message["error"]["desc"].as_str().unwrap_or("no reason was given").to_owned()),
         };
-        if let Some(caller) = self.pending.lock().as_mut().and_then(|pending| pending.remove(&id)) {
-            let _ = caller.send(answer);
-        }
+        self.calls.answer(id, answer);
     }
 }
 
@@ -283,6 +264,14 @@ mod tests {
         assert_eq!(qmp.execute("stop", json!({}), LIMIT).await.unwrap(), 7);
         let event = events.recv().await.unwrap();
         assert_eq!((event.name.as_str(), &event.data["a"]), ("STOP", &json!(1)));
+    }
+
+    #[tokio::test]
+    async fn the_end_of_the_guest_is_remembered() {
+        let stream = server(|command| Some(format!("{{\"event\": \"SHUTDOWN\"}}\n{{\"return\": {{}}, \"id\": {}}}\n", command["id"]).into_bytes()));
+        let qmp = Qmp::start(stream, LIMIT).await.unwrap();
+        qmp.execute("system_powerdown", json!({}), LIMIT).await.unwrap();
+        tokio::time::timeout(LIMIT, qmp.guest_stopped()).await.unwrap();
     }
 
     #[tokio::test]

@@ -49,7 +49,7 @@ pub struct Fingerprint {
     pub engine: String,
     /// Version of the VMM.
     pub vmm: String,
-    /// SHA-256 of the virtual machine's description (for QEMU its command line without paths).
+    /// The virtual machine's description, or its SHA-256 (for QEMU that of its command line without paths).
     pub machine: String,
     /// What of the host's CPU shows in the guest.
     pub cpu: String,

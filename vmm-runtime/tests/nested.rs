@@ -1,0 +1,181 @@
+//! The kvm engine's conformance on a machine without hardware virtualisation: QEMU emulates a processor with SVM, Debian's
+//! kernel in it has a real KVM, and the engine, its VMM and its guests run there as they are (kvm-hosts.md).
+//!
+//! Builds what it needs with cargo. Says so and checks nothing if a tool is missing. `CONFORMANCE_ONLY` reaches the checks;
+//! `NESTED_TEST=<name>` runs one of the tests in `kvm.rs`.
+
+mod support;
+
+use std::{
+    collections::BTreeMap,
+    env, fs,
+    io::{BufRead, BufReader},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::mpsc,
+    time::{Duration, Instant},
+};
+
+use support::{Guests, MUSL, built, kernel_dir, make_file_system, static_program, target_dir};
+use vmm_runtime::guest_kit;
+
+/// For everything in the outer guest, its boot included.
+const LIMIT: Duration = Duration::from_secs(300);
+/// Holds the image, its clones and their layers, sparse all.
+const DISK_BYTES: u64 = 12 << 30;
+const EXIT_LINE: &str = "NESTED-EXIT ";
+/// What a KVM on an AMD processor needs, in the order of loading.
+const KVM_MODULES: [&str; 3] = ["irqbypass", "kvm", "kvm-amd"];
+
+fn cargo(target_dir: &Path, arguments: &[&str]) -> Vec<u8> {
+    let output = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .args(arguments)
+        .args(["--release", "--target", MUSL, "--target-dir"])
+        .arg(target_dir)
+        // Set for this test by the cargo that runs it, and not meant for another.
+        .env_remove("CARGO_MANIFEST_DIR")
+        .stdin(Stdio::null())
+        .stderr(Stdio::inherit())
+        .output()
+        .expect("cargo can be run");
+    assert!(output.status.success(), "cargo {arguments:?} failed");
+    output.stdout
+}
+
+/// The test program that cargo says it has built.
+fn test_program(messages: &[u8]) -> PathBuf {
+    let messages = messages.split(|byte| *byte == b'\n').filter_map(|line| serde_json::from_slice::<serde_json::Value>(line).ok());
+    let built = messages.filter_map(|message| message["executable"].as_str().map(PathBuf::from)).next_back();
+    built.expect("cargo names the test program that it has built")
+}
+
+fn modules(kernel_dir: &Path) -> Option<Vec<PathBuf>> {
+    let mut found = BTreeMap::new();
+    let mut open = vec![kernel_dir.join("lib/modules")];
+    while let Some(dir) = open.pop() {
+        for entry in fs::read_dir(dir).ok()?.flatten() {
+            match entry.path() {
+                dir if dir.is_dir() => open.push(dir),
+                file => {
+                    found.insert(file.file_stem()?.to_string_lossy().into_owned(), file);
+                }
+            }
+        }
+    }
+    KVM_MODULES.iter().map(|name| found.remove(*name)).collect()
+}
+
+/// Why it cannot be run here.
+fn missing() -> Option<String> {
+    for (program, argument) in [("qemu-system-x86_64", "--version"), ("mkfs.ext4", "-V")] {
+        if let Err(error) = Command::new(program).arg(argument).output() {
+            return Some(format!("{program} cannot be run ({error}); run: make setup"));
+        }
+    }
+    if modules(&kernel_dir()).is_none() {
+        return Some(format!("there is no kernel with KVM modules in {}; run: make setup", kernel_dir().display()));
+    }
+    None
+}
+
+/// Ends QEMU with the test.
+struct Outer(Child);
+
+impl Drop for Outer {
+    fn drop(&mut self) {
+        // It may have ended, and then there is nothing to do.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn the_kvm_engine_conforms_on_emulated_hardware() {
+    if let Some(why) = missing() {
+        eprintln!("SKIPPED: the kvm engine is not tested on emulated hardware: {why}");
+        return;
+    }
+    let target_dir = target_dir();
+    cargo(&target_dir, &["build", "-p", "vmm", "-p", "guest-agent"]);
+    let test = test_program(&cargo(&target_dir, &["test", "-p", "vmm-runtime", "--features", "testing", "--test", "kvm", "--no-run", "--message-format=json"]));
+
+    let work = tempfile::tempdir().unwrap();
+    let kit = guest_kit::assemble(&kernel_dir(), &built("guest-agent"), &work.path().join("inner")).unwrap();
+    // The outer guest boots the same kernel with the same modules, and another init.
+    let init = static_program("tests/nested/init.rs", &work.path().join("init"));
+    let outer = guest_kit::assemble(&kernel_dir(), &init, &work.path().join("outer")).unwrap();
+    let disk = work.path().join("outer.ext4");
+    outer_disk(&work.path().join("tree"), work.path(), &kit, &[(&test, "conformance"), (&built("dormouse-vmm"), "dormouse-vmm")], &disk);
+    let code = run(&outer, &disk);
+    assert_eq!(code, "0", "the kvm engine does not conform; what it said stands above");
+}
+
+fn outer_disk(tree: &Path, work: &Path, kit: &guest_kit::GuestKit, programs: &[(&PathBuf, &str)], disk: &Path) {
+    for dir in ["bin", "dev", "modules", "proc", "sys", "tmp"] {
+        fs::create_dir_all(tree.join(dir)).unwrap();
+    }
+    for (program, name) in programs {
+        fs::copy(program, tree.join("bin").join(name)).unwrap();
+    }
+    let mut order = String::new();
+    for module in modules(&kernel_dir()).unwrap() {
+        let name = module.file_name().unwrap().to_string_lossy().into_owned();
+        fs::copy(&module, tree.join("modules").join(&name)).unwrap();
+        order += &format!("{name}\n");
+    }
+    fs::write(tree.join("modules/order"), order).unwrap();
+    Guests::prebuild(kit, &work.join("inner"), &tree.join("prebuilt"));
+    fs::File::create(disk).unwrap().set_len(DISK_BYTES).unwrap();
+    make_file_system(tree, disk);
+}
+
+/// Runs the outer guest, repeating what it says, and returns its code.
+fn run(kit: &guest_kit::GuestKit, disk: &Path) -> String {
+    // With audit, which system call a filter of the jail forbade.
+    let mut append = "console=ttyS0 quiet loglevel=6 audit=1 panic=-1 random.trust_cpu=on tsc=reliable mitigations=off".to_owned();
+    // The kernel puts what it does not know into the environment of init.
+    for variable in ["CONFORMANCE_ONLY", "NESTED_TEST"] {
+        if let Ok(value) = env::var(variable) {
+            append += &format!(" {variable}={value}");
+        }
+    }
+    let child = Command::new("qemu-system-x86_64")
+        .args(["-accel", "tcg", "-cpu", "EPYC,+svm,+npt", "-m", "3072", "-smp", "2", "-nographic", "-no-reboot", "-nic", "none"])
+        .arg("-kernel")
+        .arg(&kit.kernel)
+        .arg("-initrd")
+        .arg(&kit.initrd)
+        .arg("-drive")
+        .arg(format!("file={},if=virtio,format=raw,cache=unsafe,discard=unmap", disk.display()))
+        .arg("-append")
+        .arg(append)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut outer = Outer(child);
+    let output = outer.0.stdout.take().unwrap();
+    let (lines, heard) = mpsc::channel();
+    // Ends with QEMU, which ends with the test.
+    std::thread::spawn(move || {
+        for line in BufReader::new(output).split(b'\n').map_while(Result::ok) {
+            if lines.send(String::from_utf8_lossy(&line).trim_end().to_owned()).is_err() {
+                return;
+            }
+        }
+    });
+    let begun = Instant::now();
+    loop {
+        match heard.recv_timeout(LIMIT.saturating_sub(begun.elapsed())) {
+            Ok(line) => {
+                println!("[{:6.1}] {line}", begun.elapsed().as_secs_f64());
+                if let Some(code) = line.strip_prefix(EXIT_LINE) {
+                    return code.to_owned();
+                }
+            }
+            Err(mpsc::RecvTimeoutError::Timeout) => panic!("the outer guest did not finish within {LIMIT:?}"),
+            Err(mpsc::RecvTimeoutError::Disconnected) => panic!("the outer guest ended without a word"),
+        }
+    }
+}

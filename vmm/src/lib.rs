@@ -1,0 +1,16 @@
+//! dormouse-vmm: one process per microVM, on KVM.
+//!
+//! Owns: the virtual machine ([`machine`]), its KVM state ([`kvm`]), what a PC's kernel expects to find ([`arch`],
+//! [`devices`]), guest memory ([`memory`]) and the file of device state ([`snapshot`]). Never decides when a microVM sleeps,
+//! never opens a file by name once it is jailed, never trusts what a guest or a snapshot file says.
+
+pub mod arch;
+pub mod arguments;
+pub mod control;
+pub mod devices;
+pub mod jail;
+pub mod kvm;
+pub mod log;
+pub mod machine;
+pub mod memory;
+pub mod snapshot;
