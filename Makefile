@@ -18,12 +18,12 @@ help: ## Show this list.
 setup: ## Install what is missing: Debian packages, guest kernel, Rust target, Python clients. Safe to repeat.
 	@scripts/setup
 
-build: setup ## Build the node and the guest agent (release).
-	@echo "==> building the guest agent (static, $(MUSL))"
-	@cargo build --release --locked --target $(MUSL) -p guest-agent
+build: setup ## Build the node, the VMM and the guest agent (release).
+	@echo "==> building the guest agent and the VMM (static, $(MUSL))"
+	@cargo build --release --locked --target $(MUSL) -p guest-agent -p vmm
 	@echo "==> building dormouse"
 	@cargo build --release --locked -p dormouse
-	@install -m 0755 "$(CARGO_TARGET_DIR)/$(MUSL)/release/guest-agent" "$(CARGO_TARGET_DIR)/release/guest-agent"
+	@install -m 0755 "$(CARGO_TARGET_DIR)/$(MUSL)/release/"{guest-agent,dormouse-vmm} "$(CARGO_TARGET_DIR)/release/"
 
 base: build ## Make the base image that Dockerfiles start from (once, about two minutes).
 	@"$(DORMOUSE_BIN)" base

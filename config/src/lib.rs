@@ -92,6 +92,8 @@ pub struct Admin {
 pub struct Engine {
     /// What was asked for.
     pub kind: EngineKind,
+    /// Our own VMM, a static binary; `None`: beside the `dormouse` binary.
+    pub vmm: Option<PathBuf>,
     /// The QEMU program: a path, or a name looked up in PATH.
     pub qemu: PathBuf,
     /// QEMU's accelerator.
@@ -105,6 +107,8 @@ pub struct Engine {
 pub enum EngineKind {
     /// The best one that this host can run.
     Auto,
+    /// Our own VMM on hardware virtualisation.
+    Kvm,
     /// QEMU.
     Qemu,
 }
@@ -224,10 +228,11 @@ impl Config {
                 listen: s.address("listen", local(9090), "/metrics, /healthz, /readyz."),
             }),
             engine: r.section("engine", |s| Engine {
-                kind: s.choice("kind", &[("auto", EngineKind::Auto), ("qemu", EngineKind::Qemu)], "What runs microVMs. auto: the best that this host can run."),
+                kind: s.choice("kind", &[("auto", EngineKind::Auto), ("kvm", EngineKind::Kvm), ("qemu", EngineKind::Qemu)], "What runs microVMs. auto: kvm (dormouse-vmm) where /dev/kvm has hardware behind it, else qemu."),
+                vmm: s.optional_path("vmm", "dormouse-vmm (static binary), for the kvm engine. Default: beside the dormouse binary."),
                 qemu: s.path("qemu", "qemu-system-x86_64", "The QEMU program."),
-                accelerator: s.choice("accelerator", &[("tcg", Accelerator::Tcg), ("kvm", Accelerator::Kvm)], "QEMU's accelerator. tcg runs everywhere; kvm needs hardware virtualisation."),
-                ready_processes: s.count("ready_processes", 4, 0..=64, "QEMU processes that wait ready for the next launch or wake."),
+                accelerator: s.choice("accelerator", &[("tcg", Accelerator::Tcg), ("kvm", Accelerator::Kvm)], "QEMU's accelerator, if qemu is the engine. tcg runs everywhere; kvm needs hardware virtualisation."),
+                ready_processes: s.count("ready_processes", 4, 0..=64, "VMM processes that wait ready for the next launch or wake."),
             }),
             guest: r.section("guest", |s| Guest {
                 kernel_dir: s.path("kernel_dir", &cache.join("kernel").to_string_lossy(), "A Debian linux-image-*-cloud-* package, unpacked (make setup)."),

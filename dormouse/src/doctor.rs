@@ -2,7 +2,8 @@
 
 use std::{path::{Path, PathBuf}, process::Command};
 
-use config::Config;
+use config::{Config, EngineKind};
+use vmm_runtime::kvm::Probe;
 
 /// One finding.
 struct Finding {
@@ -20,7 +21,8 @@ pub fn run(config: &Config) -> bool {
         program(Path::new("mmdebstrap"), "apt-get install mmdebstrap", &["--version"]),
         program(Path::new("mkfs.ext4"), "apt-get install e2fsprogs", &["-V"]),
         kernel(&config.guest.kernel_dir),
-        agent(config),
+        beside("guest agent", agent_path(config)),
+        beside("VMM of the kvm engine", vmm_path(config)),
         root(),
     ];
     for finding in &findings {
@@ -29,32 +31,54 @@ pub fn run(config: &Config) -> bool {
             Some(mend) => println!("MISSING  {}\n         {mend}", finding.what),
         }
     }
-    println!("engine   {}", engine_choice(config));
+    println!("engine   {}", choose(config).why);
     findings.iter().all(|finding| finding.mend.is_none())
 }
 
-/// The engine this node uses, and why, in a sentence.
-pub fn engine_choice(config: &Config) -> String {
-    let asked = match config.engine.kind {
-        config::EngineKind::Auto => "auto",
-        config::EngineKind::Qemu => "qemu",
-    };
+/// What runs microVMs here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Engine {
+    /// `dormouse-vmm`.
+    Kvm,
+    /// QEMU.
+    Qemu,
+}
+
+/// The engine this node uses, and why.
+pub struct Choice {
+    /// Which.
+    pub engine: Engine,
+    /// A sentence.
+    pub why: String,
+}
+
+/// Chooses as the configuration asks. A `/dev/kvm` that opens says little: it may be a software KVM, which cannot run a stock
+/// kernel. So `auto` asks the VMM, which tries a guest of its own (kvm-hosts.md).
+pub fn choose(config: &Config) -> Choice {
     let accelerator = match config.engine.accelerator {
         config::Accelerator::Tcg => "TCG (software emulation)",
         config::Accelerator::Kvm => "KVM",
     };
-    format!("qemu with {accelerator} (engine.kind = \"{asked}\"; it is the only engine of this version). {}", kvm())
+    let qemu = |why: String| Choice { engine: Engine::Qemu, why: format!("qemu with {accelerator}: {why}") };
+    match config.engine.kind {
+        EngineKind::Qemu => qemu("engine.kind = \"qemu\" asks for it".to_owned()),
+        EngineKind::Kvm => {
+            let probed = probe(config).map_or_else(|why| why, |probe| probe.to_string());
+            Choice { engine: Engine::Kvm, why: format!("kvm (dormouse-vmm): engine.kind = \"kvm\" asks for it; {probed}") }
+        }
+        EngineKind::Auto => match probe(config) {
+            Ok(hardware @ Probe::Hardware) => Choice { engine: Engine::Kvm, why: format!("kvm (dormouse-vmm): {hardware}") },
+            Ok(other) => qemu(other.to_string()),
+            Err(why) => qemu(why),
+        },
+    }
 }
 
-/// What `/dev/kvm` is worth here.
-fn kvm() -> String {
-    let flags = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let assisted = flags.lines().filter(|line| line.starts_with("flags")).any(|line| line.split_whitespace().any(|flag| flag == "vmx" || flag == "svm"));
-    match (std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm"), assisted) {
-        (Ok(_), true) => "/dev/kvm opens and the CPU has hardware virtualisation: engine.accelerator = \"kvm\" may be tried.".to_owned(),
-        (Ok(_), false) => "/dev/kvm opens, but the CPU shows neither vmx nor svm: it is a software KVM, which cannot run a stock kernel.".to_owned(),
-        (Err(error), _) => format!("/dev/kvm does not open ({error})."),
-    }
+fn probe(config: &Config) -> Result<Probe, String> {
+    let vmm = vmm_path(config)?;
+    let output = Command::new(&vmm).arg("--probe").output().map_err(|error| format!("{} cannot be run: {error}", vmm.display()))?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    Probe::from_json(text.trim()).ok_or_else(|| format!("{} --probe says {:?}, which is not understood", vmm.display(), text.trim()))
 }
 
 fn program(name: &Path, mend: &str, version: &[&str]) -> Finding {
@@ -78,20 +102,29 @@ fn kernel(dir: &Path) -> Finding {
     }
 }
 
-fn agent(config: &Config) -> Finding {
-    match agent_path(config) {
-        Ok(path) => Finding { what: format!("guest agent: {}", path.display()), mend: None },
+fn beside(what: &str, path: Result<PathBuf, String>) -> Finding {
+    match path {
+        Ok(path) => Finding { what: format!("{what}: {}", path.display()), mend: None },
         Err(why) => Finding { what: why, mend: Some("run: make build".to_owned()) },
     }
 }
 
 /// Where the guest agent is: as configured, or beside this binary.
 pub fn agent_path(config: &Config) -> Result<PathBuf, String> {
-    let path = match &config.guest.agent {
-        Some(path) => path.clone(),
-        None => std::env::current_exe().ok().and_then(|exe| exe.parent().map(|dir| dir.join("guest-agent"))).unwrap_or_else(|| PathBuf::from("guest-agent")),
+    installed(config.guest.agent.as_deref(), "guest-agent", "guest agent")
+}
+
+/// Where our VMM is: as configured, or beside this binary.
+pub fn vmm_path(config: &Config) -> Result<PathBuf, String> {
+    installed(config.engine.vmm.as_deref(), "dormouse-vmm", "VMM of the kvm engine")
+}
+
+fn installed(configured: Option<&Path>, name: &str, what: &str) -> Result<PathBuf, String> {
+    let path = match configured {
+        Some(path) => path.to_owned(),
+        None => std::env::current_exe().ok().and_then(|exe| exe.parent().map(|dir| dir.join(name))).unwrap_or_else(|| PathBuf::from(name)),
     };
-    if path.is_file() { Ok(path) } else { Err(format!("there is no guest agent at {}", path.display())) }
+    if path.is_file() { Ok(path) } else { Err(format!("there is no {what} at {}", path.display())) }
 }
 
 fn root() -> Finding {

@@ -19,7 +19,12 @@ use token::KeyRing;
 use tokio::{net::TcpListener, signal::unix::SignalKind, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
-use vmm_runtime::{engine::Engine, guest_kit, qemu};
+use vmm_runtime::{
+    engine::Engine,
+    guest_kit,
+    kvm::{self, HostConfig, Limits, PoolConfig},
+    qemu,
+};
 
 use crate::{
     admin::{Admin, Readiness},
@@ -270,25 +275,30 @@ fn lock(data_dir: &Path) -> Result<File> {
 }
 
 async fn open_engine(config: &Config, data_dir: &Path) -> Result<Arc<dyn Engine>> {
-    tracing::info!("engine: {}", doctor::engine_choice(config));
+    let choice = doctor::choose(config);
+    tracing::info!("engine: {}", choice.why);
     let agent = doctor::agent_path(config).map_err(|why| anyhow::anyhow!("{why}; run: make build"))?;
     let kit = guest_kit::assemble(&config.guest.kernel_dir, &agent, &data_dir.join("guest"))?;
     let ready = config.engine.ready_processes;
-    let engine = qemu::QemuEngine::new(qemu::QemuConfig {
-        qemu: config.engine.qemu.clone(),
-        accel: match config.engine.accelerator {
-            config::Accelerator::Tcg => qemu::Accel::Tcg,
-            config::Accelerator::Kvm => qemu::Accel::Kvm,
-        },
-        host: qemu::HostConfig {
-            kernel: kit.kernel,
-            initrd: kit.initrd,
-            guest_fingerprint: kit.fingerprint,
-            run_dir: data_dir.join("run/vmm"),
-            pool: qemu::PoolConfig { per_image: ready.min(1), total: ready },
-            limits: qemu::Limits::default(),
-        },
-    })
-    .await?;
-    Ok(Arc::new(engine))
+    let host = HostConfig {
+        kernel: kit.kernel,
+        initrd: kit.initrd,
+        guest_fingerprint: kit.fingerprint,
+        run_dir: data_dir.join("run/vmm"),
+        pool: PoolConfig { per_image: ready.min(1), total: ready },
+        limits: Limits::default(),
+    };
+    match choice.engine {
+        doctor::Engine::Kvm => {
+            let vmm = doctor::vmm_path(config).map_err(|why| anyhow::anyhow!("{why}; run: make build"))?;
+            Ok(Arc::new(kvm::KvmEngine::new(kvm::KvmConfig { vmm, host }).await?))
+        }
+        doctor::Engine::Qemu => {
+            let accel = match config.engine.accelerator {
+                config::Accelerator::Tcg => qemu::Accel::Tcg,
+                config::Accelerator::Kvm => qemu::Accel::Kvm,
+            };
+            Ok(Arc::new(qemu::QemuEngine::new(qemu::QemuConfig { qemu: config.engine.qemu.clone(), accel, host }).await?))
+        }
+    }
 }

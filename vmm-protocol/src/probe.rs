@@ -20,6 +20,17 @@ pub enum Probe {
     },
 }
 
+/// A sentence.
+impl std::fmt::Display for Probe {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Hardware => f.write_str("/dev/kvm has hardware behind it: the probe guest ran on the processor itself"),
+            Self::Software { why } => write!(f, "/dev/kvm opens, but it is a software KVM, which cannot run a stock kernel: {why}"),
+            Self::Missing { why } => write!(f, "there is no /dev/kvm that can be used: {why}"),
+        }
+    }
+}
+
 impl Probe {
     /// One line: `{"kvm":"software","why":"…"}`.
     pub fn to_json(&self) -> String {
