@@ -74,8 +74,25 @@ fn runtime() -> Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting the runtime")
 }
 
+/// Libraries that show whole requests, and so tokens, in what they say for their own debugging; this level and above is all
+/// that is let through, whatever the configuration says.
+const QUIET: [&str; 9] = [
+    "pingora_core=error",
+    "pingora_proxy=error",
+    "pingora_pool=error",
+    "pingora_http=error",
+    "pingora_cache=error",
+    "h2=warn",
+    "hyper=warn",
+    "s3s=warn",
+    "rustls=warn",
+];
+
 fn start_log(config: &Config) -> Result<()> {
-    let filter = EnvFilter::try_new(&config.log.filter).with_context(|| format!("log.filter: `{}` is not a tracing filter", config.log.filter))?;
+    let mut filter = EnvFilter::try_new(&config.log.filter).with_context(|| format!("log.filter: `{}` is not a tracing filter", config.log.filter))?;
+    for quiet in QUIET {
+        filter = filter.add_directive(quiet.parse().with_context(|| format!("our own filter `{quiet}`"))?);
+    }
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     // Both bridge the `log` crate, through which pingora speaks.
     if config.log.json { builder.json().init() } else { builder.init() }

@@ -63,7 +63,7 @@ const STREAMS: [&str; 6] =
 pub(crate) fn answer_kind(status: StatusCode, headers: &HeaderMap) -> AnswerKind {
     let media_type = headers.get(header::CONTENT_TYPE).map_or(&b""[..], HeaderValue::as_bytes);
     let is = |stream: &&str| media_type.get(..stream.len()).is_some_and(|start| start.eq_ignore_ascii_case(stream.as_bytes()));
-    if status == StatusCode::SWITCHING_PROTOCOLS || STREAMS.iter().any(|stream| is(&stream)) {
+    if status == StatusCode::SWITCHING_PROTOCOLS || STREAMS.iter().any(is) {
         AnswerKind::Stream
     } else if headers.contains_key(header::CONTENT_LENGTH) || matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED) {
         AnswerKind::Finite

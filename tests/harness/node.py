@@ -67,8 +67,8 @@ class Node:
             f'[admin]\nlisten = "{admin}"\n'
             # AWS takes nothing under a minute; a test that waits a minute is not run.
             "[lifecycle]\nleast_idle_secs = 1\n"
-            # Loud, so that the search for leaked tokens in the log has something to search.
-            '[log]\nfilter = "info,gateway=debug,control_api=debug,token=debug"\n'
+            # As loud as an operator can make it, so that the search for leaked tokens in the log has something to search.
+            '[log]\nfilter = "debug"\n'
         )
 
     # -- the process --------------------------------------------------------------------------------------------
