@@ -4,6 +4,8 @@ import shutil
 
 import pytest
 
+from harness.waiting import eventually
+
 WITHIN = 30
 
 
@@ -55,8 +57,8 @@ def is_refused(vm):
     answer = vm.curl("--header", f"X-aws-proxy-auth: {vm.token_before}", "--max-time", WITHIN)
     assert answer.status == 502, f"a damaged snapshot must not be run: {answer}"
     assert answer.headers.get("x-dormouse-reason") in ("wake-failed", "terminated"), str(answer)
-    view = vm.view()
-    assert view["state"] in ("SUSPENDED", "TERMINATED"), view
+    # The request is answered before the last of the microVM has been cleared away.
+    view = eventually("the microVM to be SUSPENDED or TERMINATED", lambda: (view := vm.view())["state"] in ("SUSPENDED", "TERMINATED") and view, within=30)
     log = vm.node.log.read_text(errors="replace")
     said = [line for line in log.splitlines() if vm.id in line and "snapshot" in line and ("cannot be used" in line or "damaged" in line)]
     assert said or view.get("stateReason"), f"neither the API nor the log says why {vm.id} was refused"
