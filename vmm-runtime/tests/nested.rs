@@ -133,7 +133,7 @@ fn outer_disk(tree: &Path, work: &Path, kit: &guest_kit::GuestKit, programs: &[(
 /// Runs the outer guest, repeating what it says, and returns its code.
 fn run(kit: &guest_kit::GuestKit, disk: &Path) -> String {
     // With audit, which system call a filter of the jail forbade.
-    let mut append = "console=ttyS0 quiet loglevel=6 audit=1 panic=-1 random.trust_cpu=on tsc=reliable mitigations=off".to_owned();
+    let mut append = "console=ttyS0 quiet loglevel=6 audit=1 panic=-1 no_timer_check random.trust_cpu=on tsc=reliable mitigations=off".to_owned();
     // The kernel puts what it does not know into the environment of init.
     for variable in ["CONFORMANCE_ONLY", "NESTED_TEST"] {
         if let Ok(value) = env::var(variable) {

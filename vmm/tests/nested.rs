@@ -132,7 +132,7 @@ fn outer(arguments: &str) -> Option<String> {
         .arg(&kernel)
         .arg("-initrd")
         .arg(&initrd)
-        .args(["-append", &format!("console=ttyS0 panic=-1 quiet vcpus={vcpus} {arguments}")])
+        .args(["-append", &format!("console=ttyS0 panic=-1 quiet no_timer_check vcpus={vcpus} {arguments}")])
         .stdin(Stdio::null())
         .stderr(Stdio::inherit())
         .output()
