@@ -41,7 +41,8 @@ async fn bench() -> Option<GuestBench<Kvm>> {
         Ok(Probe::Software { why } | Probe::Missing { why }) => why,
         Err(error) => error.to_string(),
     };
-    eprintln!("SKIPPED: the kvm engine is not tested here: {why}");
+    // Past the test harness, which shows what a passing test says to nobody.
+    let _ = std::io::Write::write_fmt(&mut std::io::stderr(), format_args!("SKIPPED: the kvm engine is not tested here: {why}\n"));
     None
 }
 

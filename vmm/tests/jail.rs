@@ -159,7 +159,8 @@ fn a_cgroup_is_joined_or_the_process_ends() {
     let root = if root.is_dir() { root } else { std::path::Path::new("/sys/fs/cgroup") };
     let ours = root.join(format!("dormouse-test-{}", std::process::id()));
     if fs::create_dir(&ours).is_err() || !ours.join("cgroup.procs").exists() {
-        eprintln!("SKIPPED: no cgroup v2 directory can be made here");
+        // Past the test harness, which shows what a passing test says to nobody.
+        let _ = std::io::Write::write_fmt(&mut std::io::stderr(), format_args!("SKIPPED: no cgroup v2 directory can be made here\n"));
         return;
     }
     let by_descriptor = fs::File::open(&ours).unwrap();

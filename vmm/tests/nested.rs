@@ -106,11 +106,13 @@ fn outer(arguments: &str) -> Option<String> {
         .ok()
         .and_then(|dir| dir.flatten().map(|entry| entry.path()).filter(|path| path.file_name().unwrap().to_string_lossy().starts_with("vmlinuz-")).max())
     else {
-        eprintln!("SKIPPED: no kernel in {} (make setup)", kernel_dir.display());
+        // Past the test harness, which shows what a passing test says to nobody.
+        let _ = std::io::Write::write_fmt(&mut std::io::stderr(), format_args!("SKIPPED: no kernel in {} (make setup)\n", kernel_dir.display()));
         return None;
     };
     if Command::new("qemu-system-x86_64").arg("--version").stdout(Stdio::null()).status().is_err() {
-        eprintln!("SKIPPED: no qemu-system-x86_64 (make setup)");
+        // Past the test harness, which shows what a passing test says to nobody.
+        let _ = std::io::Write::write_fmt(&mut std::io::stderr(), format_args!("SKIPPED: no qemu-system-x86_64 (make setup)\n"));
         return None;
     }
     let vcpus = std::env::var("NESTED_VCPUS").unwrap_or_else(|_| "1".to_owned());

@@ -23,7 +23,8 @@ async fn ran(script: &str) -> Ran {
 fn is_root() -> bool {
     let root = rustix::process::geteuid().is_root();
     if !root {
-        eprintln!("SKIPPED: the sandbox needs root");
+        // Past the test harness, which shows what a passing test says to nobody.
+        let _ = std::io::Write::write_fmt(&mut std::io::stderr(), format_args!("SKIPPED: the sandbox needs root\n"));
     }
     root
 }

@@ -35,7 +35,8 @@ pub fn can_build() -> bool {
     if missing.is_empty() && root {
         return true;
     }
-    eprintln!("SKIPPED: real image builds need root and {missing:?}; run `make setup` as root");
+    // Past the test harness, which shows what a passing test says to nobody.
+    let _ = std::io::Write::write_fmt(&mut std::io::stderr(), format_args!("SKIPPED: real image builds need root and {missing:?}; run `make setup` as root\n"));
     false
 }
 

@@ -77,7 +77,8 @@ impl Guests {
         match guest_kit::assemble(&kernel_dir(), &agent, &dir.path().join("kit")) {
             Ok(kit) => Some(Self { kit, dir, disk: None }),
             Err(error) => {
-                eprintln!("SKIPPED: the {engine} engine is not tested: {error} ({})", std::error::Error::source(&error).map_or_else(String::new, ToString::to_string));
+                // Past the test harness, which shows what a passing test says to nobody.
+                let _ = std::io::Write::write_fmt(&mut std::io::stderr(), format_args!("SKIPPED: the {engine} engine is not tested: {error} ({})\n", std::error::Error::source(&error).map_or_else(String::new, ToString::to_string)));
                 None
             }
         }

@@ -262,7 +262,8 @@ pub fn kvm() -> File {
 pub fn has_kvm() -> bool {
     let has = File::options().read(true).write(true).open("/dev/kvm").is_ok();
     if !has {
-        eprintln!("SKIPPED: /dev/kvm cannot be opened here");
+        // Past the test harness, which shows what a passing test says to nobody.
+        let _ = std::io::Write::write_fmt(&mut std::io::stderr(), format_args!("SKIPPED: /dev/kvm cannot be opened here\n"));
     }
     has
 }
