@@ -37,7 +37,7 @@ use crate::{
     devices::{bus::{Bus, lock}, power},
     jail::ProcessFiles,
     kvm::{KvmError, cpuid, vcpu::Vcpu, vm::Vm},
-    memory::GuestRam,
+    memory::{GuestRam, dirty::DirtyPages},
 };
 
 /// Names of steps and the microseconds that each took; they add up to the whole.
@@ -258,6 +258,8 @@ pub struct Machine {
     stopped: EventFd,
     /// How the guest ended, from when it is known until [`Machine::dispatch`] has said it.
     untold: Option<Stopped>,
+    /// How pages of guest memory are found that were written.
+    dirty: DirtyPages,
     process_files: ProcessFiles,
     counters: usage::Counters,
 }

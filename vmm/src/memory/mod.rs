@@ -10,6 +10,7 @@
 //! Never makes a reference into guest memory: the guest may change it at any time. All access is volatile, or by the kernel.
 
 pub mod difference;
+pub mod dirty;
 
 use std::{
     fs::File,
@@ -25,6 +26,7 @@ use vm_memory::{
 };
 use vmm_protocol::control::MemoryUse;
 
+use self::dirty::DirtyPages;
 use crate::arch::layout;
 
 /// Bytes of a page.
@@ -265,12 +267,24 @@ impl GuestRam {
         }
     }
 
+    /// Finds out how this process can learn which pages its guest has written.
+    pub fn find_way(&self, pagemap: Option<File>) -> DirtyPages {
+        match self.memory_use {
+            MemoryUse::Private => DirtyPages::find_way(pagemap, &self.file),
+            // No difference is ever written.
+            MemoryUse::Shared => DirtyPages::CompareAll,
+        }
+    }
+
     /// Pages that may differ from the memory file: those of this process alone, and those that come from elsewhere.
-    pub(crate) fn candidates(&self, pagemap: &File) -> io::Result<Vec<std::ops::Range<u64>>> {
+    pub(crate) fn candidates(&self, dirty: &DirtyPages) -> io::Result<Vec<std::ops::Range<u64>>> {
+        let DirtyPages::PageTables { way, pagemap } = dirty else {
+            return Ok(std::iter::once(0..self.pages()).collect());
+        };
         let mut bits = self.overlaid.lock().unwrap_or_else(PoisonError::into_inner).bits.clone();
         for piece in &self.pieces {
             let first = piece.offset / PAGE;
-            for pages in vmm_protocol::pagemap::private_pages(pagemap, &(piece.host..piece.host + piece.bytes))? {
+            for pages in vmm_protocol::pagemap::private_pages_by(*way, pagemap, &(piece.host..piece.host + piece.bytes))? {
                 for page in pages {
                     let page = first + page;
                     bits[(page / 64) as usize] |= 1 << (page % 64);

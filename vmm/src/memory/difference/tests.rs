@@ -2,7 +2,7 @@ use std::collections::BTreeMap;
 
 use proptest::prelude::*;
 use vm_memory::GuestAddress;
-use vmm_protocol::control::MemoryUse;
+use vmm_protocol::{control::MemoryUse, pagemap::Way};
 
 use super::*;
 
@@ -31,6 +31,19 @@ fn pagemap() -> File {
     File::open("/proc/self/pagemap").unwrap()
 }
 
+fn page_tables(way: Way) -> DirtyPages {
+    DirtyPages::PageTables { way, pagemap: pagemap() }
+}
+
+/// All ways that this kernel has; Linux before 6.7 has no scan.
+fn ways(image: &File) -> Vec<DirtyPages> {
+    let scans = vmm_protocol::pagemap::private_pages_by(Way::Scan, &pagemap(), &(0..PAGE)).is_ok();
+    let found = clone_of(image).find_way(Some(pagemap()));
+    let best = if scans { Way::Scan } else { Way::Read };
+    assert!(matches!(&found, DirtyPages::PageTables { way, .. } if *way == best), "{found:?}");
+    [found, page_tables(Way::Read), DirtyPages::CompareAll].into()
+}
+
 fn content(memory: &GuestRam) -> Vec<u8> {
     let mut bytes = vec![0; BYTES as usize];
     read_guest(memory, 0, &mut bytes).unwrap();
@@ -38,9 +51,19 @@ fn content(memory: &GuestRam) -> Vec<u8> {
 }
 
 fn save(memory: &GuestRam, image: &File) -> (File, Written) {
+    save_by(&page_tables(Way::Read), memory, image)
+}
+
+fn save_by(dirty: &DirtyPages, memory: &GuestRam, image: &File) -> (File, Written) {
     let out = tempfile::tempfile().unwrap();
-    let written = write(memory, &pagemap(), image, &out, &mut || false).unwrap();
+    let written = write(memory, dirty, image, &out, &mut || false).unwrap();
     (out, written)
+}
+
+fn whole(file: &File) -> Vec<u8> {
+    let mut bytes = vec![0; file.metadata().unwrap().len() as usize];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    bytes
 }
 
 /// What a guest or the balloon does to pages.
@@ -91,8 +114,12 @@ proptest! {
             }
             prop_assert!(content(&memory) == expected);
         }
-        // And the difference says exactly which pages are not the image's.
+        // Whichever way the written pages are found, the file is the same.
         let (difference, _) = save(&memory, &image);
+        for way in ways(&image) {
+            prop_assert!(whole(&save_by(&way, &memory, &image).0) == whole(&difference), "{:?}", way);
+        }
+        // And the difference says exactly which pages are not the image's.
         let mut theirs = vec![0; BYTES as usize];
         image.read_exact_at(&mut theirs, 0).unwrap();
         let unequal: Vec<u64> = (0..PAGES).filter(|page| {
@@ -160,7 +187,7 @@ fn a_cancelled_save_says_so_and_the_guest_has_its_memory_still() {
     let before = content(&memory);
     let mut asked = 0;
     let out = tempfile::tempfile().unwrap();
-    let error = write(&memory, &pagemap(), &image, &out, &mut || {
+    let error = write(&memory, &page_tables(Way::Read), &image, &out, &mut || {
         asked += 1;
         asked > 2
     })
@@ -220,4 +247,19 @@ fn a_guest_that_gives_back_every_second_page_cannot_use_up_the_mappings() {
     assert_eq!(memory.overlaid.lock().unwrap().edges, before - 2);
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap().lines().count();
     assert!(maps < 40_000, "{maps}");
+}
+
+#[test]
+fn a_way_that_overlooks_a_written_page_is_not_used() {
+    let image = image();
+    let memory = clone_of(&image);
+    // As long as a pagemap is for any address of a process, and without a word about any page.
+    let silent = file(&[], 1 << 38);
+    for pagemap in [None, Some(silent), Some(file(&[], 8))] {
+        let way = memory.find_way(pagemap);
+        assert!(matches!(way, DirtyPages::CompareAll), "{way:?}");
+    }
+    write_guest(&memory, 3 * PAGE, &[9; 4096]).unwrap();
+    let (_, written) = save_by(&DirtyPages::CompareAll, &memory, &image);
+    assert_eq!(written.data_pages, 1);
 }
