@@ -89,6 +89,28 @@ fn lost_streams_are_reset_each_by_itself() {
 }
 
 #[test]
+fn of_a_hundred_streams_those_that_are_handed_over_go_on_and_the_rest_is_reset() {
+    let mut world = World::running();
+    let mut clients: Vec<_> = (0..100).map(|_| world.connect(1024)).collect();
+    let first_lost = clients[60].1.1;
+    world.park(|stream| stream.host_port < first_lost);
+    world.settle();
+    assert_eq!(world.guest.resets_heard, clients[60..].iter().map(|(_, key)| *key).collect::<Vec<_>>());
+    assert_eq!(world.device.muxer.connections().count(), 60);
+    for (client, _) in &mut clients[..60] {
+        client.write_all(b"still here");
+    }
+    world.settle();
+    for (_, key) in &clients[..60] {
+        assert_eq!(world.guest.sockets[key].received, b"still here");
+    }
+    for (client, _) in &mut clients[60..] {
+        client.read_all();
+        assert!(client.ended);
+    }
+}
+
+#[test]
 fn resets_wait_through_a_sleep_for_room_in_the_queue() {
     let mut world = World::new();
     let queues = world.guest.queues();
