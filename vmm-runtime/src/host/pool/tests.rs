@@ -30,7 +30,12 @@ impl Backend for Fake {
     fn program(&self) -> (&Path, &'static str) {
         (Path::new("sleep"), "it is everywhere")
     }
-    fn arguments(&self, _: &Path, _: &Role) -> Vec<String> {
+    const JOINS_CGROUP: bool = false;
+    const OTHER_TASKS: u32 = 1;
+    fn overhead_bytes(&self, _: Shape) -> u64 {
+        16 << 20
+    }
+    fn arguments(&self, _: &Path, _: &Role, _: Option<&Path>) -> Vec<String> {
         vec!["60".to_owned()]
     }
     async fn connect(&self, _: &Process, _: &Role) -> Result<(), EngineError> {
