@@ -66,6 +66,9 @@ fn whole(file: &File) -> Vec<u8> {
     bytes
 }
 
+/// Two tests that use half of a process's mappings each are not run at the same time.
+static MAPPINGS: std::sync::Mutex<()> = std::sync::Mutex::new(());
+
 /// What a guest or the balloon does to pages.
 #[derive(Debug, Clone)]
 enum Step {
@@ -162,6 +165,27 @@ fn pages_that_still_come_from_the_file_before_are_carried_over() {
     assert!(content(&last) == content(&again));
 }
 
+/// Every second page of a long run that is mapped from the difference: each discard cuts a mapping in three.
+#[test]
+fn a_guest_cannot_cut_its_memory_into_more_mappings_than_a_process_may_have() {
+    let _alone = MAPPINGS.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    const BYTES: u64 = 320 << 20;
+    let image = file(&[], BYTES);
+    let map = || GuestRam::map(image.try_clone().unwrap(), BYTES, MemoryUse::Private).unwrap();
+    let memory = map();
+    for at in (0..BYTES).step_by(1 << 20) {
+        write_guest(&memory, at, &[7; 1 << 20]).unwrap();
+    }
+    let (difference, _) = save(&memory, &image);
+    drop(memory);
+    let memory = map();
+    lay_over(&memory, &difference).unwrap();
+    let refused = (0..BYTES / PAGE / 2).find_map(|page| memory.discard(page * 2 * PAGE, PAGE).err());
+    assert!(refused.is_some_and(|error| error.to_string().contains("too many pieces")));
+    let mappings = std::fs::read_to_string("/proc/self/maps").unwrap().lines().count();
+    assert!(mappings < 40_000, "{mappings}");
+}
+
 #[test]
 fn a_damaged_difference_is_noticed_wherever_the_damage_is() {
     let image = image();
@@ -236,6 +260,7 @@ fn what_a_booting_guest_discards_is_a_hole_in_its_file() {
 
 #[test]
 fn a_guest_that_gives_back_every_second_page_cannot_use_up_the_mappings() {
+    let _alone = MAPPINGS.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let bytes = 512 << 20;
     let image = file(&[], bytes);
     let memory = GuestRam::map(image, bytes, MemoryUse::Private).unwrap();
