@@ -28,6 +28,19 @@ fn a_stream_goes_on_in_another_process() {
 }
 
 #[test]
+fn what_many_slow_clients_have_not_taken_can_be_loaded_again() {
+    let mut world = World::running();
+    let clients: Vec<_> = (0..24).map(|_| world.connect(1024)).collect();
+    for (_, key) in &clients {
+        world.guest.sockets.get_mut(key).unwrap().to_send.extend(patterned(1, 0..1 << 20));
+    }
+    world.settle();
+    let (_, state, _) = world.fall_asleep();
+    assert!(state.len() > 5 << 20, "{} bytes show nothing", state.len());
+    assert!(state.len() + 4096 < crate::transport::MAX_STATE_BYTES);
+}
+
+#[test]
 fn a_suspend_that_is_taken_back_changes_nothing() {
     let mut world = World::running();
     let (mut client, key) = world.connect(1024);
