@@ -228,21 +228,20 @@ impl<B: Backend> Pool<B> {
             match (started, state.shelves.get_mut(image_dir)) {
                 (Ok(ready), Some(shelf)) if !closed && Arc::ptr_eq(&shelf.image, &image) => {
                     shelf.ready.push(ready);
-                    None
+                    return true;
                 }
-                (Ok(ready), _) => Some(ready),
+                (Ok(ready), _) => vec![ready],
                 (Err(error), _) => {
                     tracing::warn!(image = %image_dir.display(), error = &error as &dyn std::error::Error, "no process could be made ready for an image");
-                    state.shelves.remove(image_dir);
-                    return false;
+                    // Those that are ready already would belong to nobody: a process outlives what holds it.
+                    state.shelves.remove(image_dir).map(|shelf| shelf.ready).unwrap_or_default()
                 }
             }
         };
-        if let Some(unwanted) = unwanted {
+        for unwanted in unwanted {
             unwanted.end(&shared).await;
-            return false;
         }
-        true
+        false
     }
 
     /// Takes a process from the image that was not used for the longest time.
