@@ -100,6 +100,8 @@ pub struct Engine {
     pub accelerator: Accelerator,
     /// Processes that wait ready for the next launch or wake.
     pub ready_processes: usize,
+    /// Users and groups of VMM processes begin here, if the node is root: this plus the process's number.
+    pub first_user: u32,
 }
 
 /// What runs microVMs.
@@ -233,6 +235,7 @@ impl Config {
                 qemu: s.path("qemu", "qemu-system-x86_64", "The QEMU program."),
                 accelerator: s.choice("accelerator", &[("tcg", Accelerator::Tcg), ("kvm", Accelerator::Kvm)], "QEMU's accelerator, if qemu is the engine. tcg runs everywhere; kvm needs hardware virtualisation."),
                 ready_processes: s.count("ready_processes", 4, 0..=64, "VMM processes that wait ready for the next launch or wake."),
+                first_user: s.count("first_user", 2_000_000_000, 65_536..=4_290_000_000, "Users and groups of dormouse-vmm processes, if the node is root: this plus the process's number (up to 4194304). No account may be among them.") as u32,
             }),
             guest: r.section("guest", |s| Guest {
                 kernel_dir: s.path("kernel_dir", &cache.join("kernel").to_string_lossy(), "A Debian linux-image-*-cloud-* package, unpacked (make setup)."),

@@ -308,7 +308,7 @@ async fn open_engine(config: &Config, data_dir: &Path) -> Result<Arc<dyn Engine>
     match choice.engine {
         doctor::Engine::Kvm => {
             let vmm = doctor::vmm_path(config).map_err(|why| anyhow::anyhow!("{why}; run: make build"))?;
-            Ok(Arc::new(kvm::KvmEngine::new(kvm::KvmConfig { vmm, host }).await?))
+            Ok(Arc::new(kvm::KvmEngine::new(kvm::KvmConfig { uid_base: config.engine.first_user, ..kvm::KvmConfig::new(vmm, host) }).await?))
         }
         doctor::Engine::Qemu => {
             let accel = match config.engine.accelerator {

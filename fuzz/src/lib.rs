@@ -5,6 +5,9 @@
 #[path = "../../virtio-devices/tests/devices/rig.rs"]
 pub mod rig;
 
+pub mod channel;
+pub mod devices;
+
 use std::{fs::File, io::Read as _, time::Duration};
 
 use rig::{BUFFERS, HIGH, HIGH_BYTES, LOW_BYTES, RINGS, RUNNING, Rig, Ring, STATUS};

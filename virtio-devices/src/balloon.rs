@@ -8,6 +8,7 @@
 //! whether a discard was carried out: one that fails is counted and otherwise ignored.
 
 use std::{
+    cell::Cell,
     io,
     sync::{
         Arc,
@@ -43,6 +44,10 @@ const DEFLATE: usize = 1;
 const REPORTING: usize = 2;
 /// Pages of one inflate request that count. Linux lists 256 at a time.
 const MAX_PAGES: u64 = 4096;
+/// Discards of one turn in the event loop, each of which takes some microseconds; a request that is begun is finished. More are
+/// for the next turn, after the others had theirs: a guest that gives back single pages, over and over, must not keep the
+/// event loop from its node.
+const TURN: u32 = 1024;
 /// Look at the queues without a kick.
 const RESUMED_TOKEN: u32 = FIRST_OWN_TOKEN;
 
@@ -63,6 +68,8 @@ pub struct Balloon {
     discard: Discard,
     counters: Arc<Counters>,
     resumed: Bell,
+    /// Discards that are left of this turn.
+    left: Cell<u32>,
     /// Size that the host wants, in pages.
     target: u32,
     /// Size that the driver says it has, in pages. Only ever shown back.
@@ -82,7 +89,7 @@ impl Balloon {
     /// The host has no more descriptors.
     pub fn new(discard: Discard, watch: &Watch) -> io::Result<Self> {
         let resumed = Bell::new(watch, RESUMED_TOKEN)?;
-        Ok(Self { active: None, interrupt: None, discard, counters: Arc::default(), resumed, target: 0, actual: 0 })
+        Ok(Self { active: None, interrupt: None, discard, counters: Arc::default(), resumed, left: Cell::new(TURN), target: 0, actual: 0 })
     }
 
     /// Asks the driver to make the balloon this large, in [`PAGE_BYTES`]. It does so in its own time.
@@ -102,6 +109,7 @@ impl Balloon {
         if start >= end {
             return;
         }
+        self.left.set(self.left.get().saturating_sub(1));
         let bytes = end - start;
         let counter = match (self.discard)(GuestAddress(start), bytes) {
             Ok(()) => &self.counters.discarded_bytes,
@@ -148,8 +156,12 @@ impl Balloon {
 
     fn serve(&mut self) -> Result<(), Broken> {
         let Some(mut active) = self.active.take() else { return Ok(()) };
+        self.left.set(TURN);
         let served = (0..active.queues.len()).try_for_each(|index| self.serve_queue(&mut active, index));
         self.active = Some(active);
+        if self.left.get() == 0 {
+            self.resumed.ring();
+        }
         served
     }
 
@@ -158,6 +170,9 @@ impl Balloon {
         let queue = &mut queues[index];
         // No more than there can have been when the kick was read; what came later has a kick of its own.
         for _ in 0..QUEUE_SIZE {
+            if self.left.get() == 0 {
+                return Ok(());
+            }
             let Some(chain) = chain::next(queue, memory)? else { return Ok(()) };
             match index {
                 INFLATE => self.inflate(&chain, memory).inspect_err(|_| chain::put_back(queue))?,

@@ -136,11 +136,6 @@ pub fn next(queue: &mut Queue, memory: &Memory) -> Result<Option<Chain>, Broken>
     walk(queue, memory, head).map(Some).inspect_err(|_| queue.go_to_previous_position())
 }
 
-/// Whether a request waits. A ring that is broken has something to say, too.
-pub fn has_next(queue: &Queue, memory: &Memory) -> bool {
-    queue.ready() && queue.avail_idx(memory.as_ref(), std::sync::atomic::Ordering::Acquire).is_ok_and(|index| index.0 != queue.next_avail())
-}
-
 /// Gives a request back to the queue, as if it had not been taken. Only the one taken last, and before it is completed.
 pub fn put_back(queue: &mut Queue) {
     queue.go_to_previous_position();

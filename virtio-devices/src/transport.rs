@@ -32,8 +32,9 @@ use crate::device::{BadState, FIRST_OWN_TOKEN, Interrupt, Memory, Resources, Vir
 pub const WINDOW_BYTES: u64 = 0x1000;
 /// Offset of `QueueNotify`: an ioeventfd here with the queue's number as 32-bit datamatch is that queue's kick.
 pub const QUEUE_NOTIFY: u64 = 0x50;
-/// Saved state of one device is far shorter (that of vsock is the longest); longer is refused unread.
-pub const MAX_STATE_BYTES: usize = 4 * 1024 * 1024;
+/// Saved state of one device is shorter (that of vsock is the longest, since it holds what clients have not taken yet);
+/// longer is refused unread.
+pub const MAX_STATE_BYTES: usize = 20 * 1024 * 1024;
 
 /// Configuration space begins here.
 const CONFIG: u64 = 0x100;

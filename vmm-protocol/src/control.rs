@@ -171,7 +171,8 @@ pub struct Saved {
     pub map_crc32: Option<u32>,
     /// Whether the sealed layers are not part of the chain any more.
     pub merged: bool,
-    /// Streams that were open; their host ends come with the message, in this order.
+    /// Streams that were open; their host ends come with the message, in this order. With more than a message can carry
+    /// some are missing, but never those to the agent: they go on if the guest does, and are reset in it at a restore.
     pub streams: Vec<ParkedStream>,
     /// Time of each step, in microseconds; they add up to the whole.
     pub phases_us: Vec<(String, u64)>,

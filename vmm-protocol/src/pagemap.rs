@@ -36,6 +36,23 @@ pub fn private_pages(pagemap: &File, mapping: &Mapping) -> io::Result<Vec<Pages>
     }
 }
 
+/// A way to ask the kernel for them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// The `PAGEMAP_SCAN` ioctl, since Linux 6.7.
+    Scan,
+    /// Every entry of the file.
+    Read,
+}
+
+/// As [`private_pages`], in this way and no other.
+pub fn private_pages_by(way: Way, pagemap: &File, mapping: &Mapping) -> io::Result<Vec<Pages>> {
+    match way {
+        Way::Scan => scan(pagemap.as_fd(), mapping),
+        Way::Read => read_pagemap(pagemap, mapping),
+    }
+}
+
 /// Bits of an entry of `/proc/<pid>/pagemap`.
 const PRESENT: u64 = 1 << 63;
 const SWAPPED: u64 = 1 << 62;

@@ -5,14 +5,27 @@
 use std::{
     fs::File,
     io::{self, BufRead, BufReader, Read, Write},
-    net::{TcpListener, TcpStream},
+    net::{TcpListener, TcpStream, UdpSocket},
+    os::fd::{AsRawFd, FromRawFd, OwnedFd},
     sync::{
         Mutex,
         atomic::{AtomicU64, Ordering},
     },
     thread,
-    time::{Instant, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
+
+/// What of libc, which the standard library links, is used here.
+mod c {
+    // SAFETY: as the manual pages have them; addresses are of `u32`s.
+    unsafe extern "C" {
+        pub fn socket(domain: i32, kind: i32, protocol: i32) -> i32;
+        pub fn bind(socket: i32, address: *const u32, bytes: u32) -> i32;
+        pub fn listen(socket: i32, backlog: i32) -> i32;
+        pub fn accept(socket: i32, address: *mut u32, bytes: *mut u32) -> i32;
+        pub fn ioctl(fd: i32, request: i32, ...) -> i32;
+    }
+}
 
 static COUNTER: AtomicU64 = AtomicU64::new(0);
 static MEMORY: Mutex<Vec<u64>> = Mutex::new(Vec::new());
@@ -32,6 +45,78 @@ fn fill(mib: u64) -> u64 {
 
 fn sum() -> u64 {
     MEMORY.lock().unwrap().iter().fold(0, |sum, number| sum.rotate_left(1) ^ number)
+}
+
+/// Connections on a vsock port that have not ended.
+static VSOCK_OPEN: AtomicU64 = AtomicU64::new(0);
+
+/// Echoes bytes on a vsock port.
+fn vsock_echo(port: u32) -> io::Result<String> {
+    let descriptor = |made: i32| {
+        if made < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: just made, and nobody else's.
+        Ok(unsafe { OwnedFd::from_raw_fd(made) })
+    };
+    // AF_VSOCK, SOCK_STREAM. SAFETY: numbers only.
+    let listener = descriptor(unsafe { c::socket(40, 1, 0) })?;
+    // `struct sockaddr_vm`: family, port, any context.
+    let address = [40, port, u32::MAX, 0];
+    // SAFETY: an address of 16 bytes that lives through the call; then numbers only.
+    if unsafe { c::bind(listener.as_raw_fd(), address.as_ptr(), 16) < 0 || c::listen(listener.as_raw_fd(), 128) < 0 } {
+        return Err(io::Error::last_os_error());
+    }
+    thread::spawn(move || {
+        // SAFETY: no address is wanted.
+        while let Ok(stream) = descriptor(unsafe { c::accept(listener.as_raw_fd(), std::ptr::null_mut(), std::ptr::null_mut()) }) {
+            VSOCK_OPEN.fetch_add(1, Ordering::SeqCst);
+            thread::spawn(move || {
+                let mut stream = File::from(stream);
+                let mut buffer = [0; 4096];
+                while let Ok(n @ 1..) = stream.read(&mut buffer) {
+                    if stream.write_all(&buffer[..n]).is_err() {
+                        break;
+                    }
+                }
+                VSOCK_OPEN.fetch_sub(1, Ordering::SeqCst);
+            });
+        }
+    });
+    Ok("listening".to_owned())
+}
+
+/// Gives eth0 an address with a prefix of 30 bits and switches it on (netdevice(7)).
+fn network_up(address: [u8; 4]) -> io::Result<String> {
+    let any = UdpSocket::bind("0.0.0.0:0")?;
+    let internet = |address: [u8; 4]| [2, 0, 0, 0, address[0], address[1], address[2], address[3]];
+    // SIOCSIFADDR, SIOCSIFNETMASK, SIOCSIFFLAGS with IFF_UP.
+    for (request, value) in [(0x8916, internet(address)), (0x891c, internet([255, 255, 255, 252])), (0x8914, [1, 0, 0, 0, 0, 0, 0, 0])] {
+        let mut what = [0u8; 40];
+        what[..4].copy_from_slice(b"eth0");
+        what[16..24].copy_from_slice(&value);
+        // SAFETY: all three read a `struct ifreq`, which has 40 bytes, at the pointer.
+        if unsafe { c::ioctl(any.as_raw_fd(), request, what.as_mut_ptr()) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    std::fs::read_to_string("/sys/class/net/eth0/address").or_else(|_| Ok("up".to_owned()))
+}
+
+/// Sends a datagram, again and again, until an answer comes.
+fn ask_network(to: &str, text: &str) -> io::Result<String> {
+    let socket = UdpSocket::bind("0.0.0.0:0")?;
+    socket.set_read_timeout(Some(Duration::from_millis(500)))?;
+    let mut last = io::Error::from(io::ErrorKind::TimedOut);
+    for _ in 0..20 {
+        socket.send_to(text.as_bytes(), to)?;
+        let mut buffer = [0; 1500];
+        match socket.recv_from(&mut buffer) {
+            Ok((length, _)) => return Ok(String::from_utf8_lossy(&buffer[..length]).into_owned()),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
 }
 
 fn answer(path: &str, begun: Instant) -> io::Result<String> {
@@ -55,6 +140,10 @@ fn answer(path: &str, begun: Instant) -> io::Result<String> {
             println!("{text}");
             "printed".to_owned()
         }
+        ["vsock-echo", port] => vsock_echo(port.parse().map_err(io::Error::other)?)?,
+        ["vsock-open"] => VSOCK_OPEN.load(Ordering::SeqCst).to_string(),
+        ["network-up", address] => network_up(address.parse::<std::net::Ipv4Addr>().map_err(io::Error::other)?.octets())?,
+        ["ask-network", to, text] => ask_network(to, text)?,
         ["exit", code] => std::process::exit(code.parse().unwrap_or(1)),
         _ => "hello".to_owned(),
     })

@@ -24,8 +24,8 @@ const LIMIT: Duration = Duration::from_secs(300);
 /// Holds the image, its clones and their layers, sparse all.
 const DISK_BYTES: u64 = 12 << 30;
 const EXIT_LINE: &str = "NESTED-EXIT ";
-/// What a KVM on an AMD processor needs, in the order of loading.
-const KVM_MODULES: [&str; 3] = ["irqbypass", "kvm", "kvm-amd"];
+/// What a KVM on an AMD processor and guests' networks need, in the order of loading.
+const KVM_MODULES: [&str; 4] = ["irqbypass", "kvm", "kvm-amd", "tun"];
 
 fn cargo(target_dir: &Path, arguments: &[&str]) -> Vec<u8> {
     let output = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))

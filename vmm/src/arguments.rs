@@ -16,6 +16,7 @@ usage: dormouse-vmm --dir DIR --name dormouse:DIR [options]   serve one microVM
   --name dormouse:DIR  by this the node finds the process again in /proc
   --cgroup PATH|fd:N   a cgroup v2 directory to join first
   --uid N --gid N      whom to become when started as root (default 65534, nobody)
+  --uid-base N         or: user and group N plus the number of this process, which no other living process has
   --seccomp MODE       kill (default), log, off
   --require LAYERS     layers of the jail without which the process does not start: all, or some of
                        identity,user,mount,pid,network,ipc,uts,cgroup,root,landlock separated by commas
@@ -23,6 +24,9 @@ usage: dormouse-vmm --dir DIR --name dormouse:DIR [options]   serve one microVM
 
 /// Whom to become when started as root, if the node does not say: `nobody`.
 const NOBODY: u32 = 65_534;
+
+/// `PID_MAX_LIMIT` of Linux on 64 bits; `kernel.pid_max` can be no larger.
+const MAX_PID: u32 = 1 << 22;
 
 /// What the process is for.
 #[derive(Debug, PartialEq, Eq)]
@@ -48,10 +52,20 @@ pub struct Serve {
     pub uid: u32,
     /// As `uid`.
     pub gid: u32,
+    /// Instead: the first of the numbers that processes get by their own number.
+    pub uid_base: Option<u32>,
     /// What a forbidden system call does.
     pub seccomp: Mode,
     /// Layers without which the process ends at its start.
     pub required: Vec<Layer>,
+}
+
+impl Serve {
+    /// User and group to become, for the process of this number.
+    pub fn user(&self, pid: u32) -> (u32, u32) {
+        // Neither overflows: both were looked at.
+        self.uid_base.map_or((self.uid, self.gid), |base| (base + pid.min(MAX_PID), base + pid.min(MAX_PID)))
+    }
 }
 
 /// A cgroup v2 directory.
@@ -67,7 +81,7 @@ pub enum Cgroup {
 pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, String> {
     let mut arguments = arguments.into_iter();
     let (mut dir, mut named, mut probe) = (None, false, false);
-    let mut serve = Serve { dir: PathBuf::new(), cgroup: None, uid: NOBODY, gid: NOBODY, seccomp: Mode::Kill, required: Vec::new() };
+    let mut serve = Serve { dir: PathBuf::new(), cgroup: None, uid: NOBODY, gid: NOBODY, uid_base: None, seccomp: Mode::Kill, required: Vec::new() };
     while let Some(option) = arguments.next() {
         let option = option.into_string().map_err(|option| format!("{} is no option", option.display()))?;
         let mut value = || arguments.next().ok_or_else(|| format!("{option} lacks its value"));
@@ -86,6 +100,13 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, S
                 });
             }
             "--uid" => serve.uid = id(&option, value()?)?,
+            "--uid-base" => {
+                let base = id(&option, value()?)?;
+                if base >= u32::MAX - MAX_PID {
+                    return Err(format!("--uid-base {base}: it and the largest process number ({MAX_PID}) make no number of a user"));
+                }
+                serve.uid_base = Some(base);
+            }
             "--gid" => serve.gid = id(&option, value()?)?,
             "--seccomp" => {
                 serve.seccomp = match value()?.to_str() {
@@ -140,8 +161,10 @@ mod tests {
         else {
             panic!()
         };
-        assert_eq!((serve.cgroup, serve.uid, serve.gid, serve.seccomp), (Some(Cgroup::Descriptor(7)), 90_001, 90_002, Mode::Log));
-        assert_eq!(serve.required, [Layer::User, Layer::Landlock]);
+        assert_eq!((serve.user(7), serve.seccomp), ((90_001, 90_002), Mode::Log));
+        assert_eq!((serve.cgroup, serve.required), (Some(Cgroup::Descriptor(7)), vec![Layer::User, Layer::Landlock]));
+        let Ok(Command::Serve(serve)) = parsed("--name dormouse:d --dir d --uid-base 2000000000") else { panic!() };
+        assert_eq!(serve.user(4_194_303), (2_004_194_303, 2_004_194_303));
         assert_eq!(parsed("--probe"), Ok(Command::Probe));
         assert_eq!(parsed("--dir d --help"), Ok(Command::Help));
         assert_eq!(parsed("--version"), Ok(Command::Version));
@@ -156,6 +179,8 @@ mod tests {
             ("--dir d --name n --seccomp trap", "kill, log or off"),
             ("--dir d --name n --uid 0", "ordinary user"),
             ("--dir d --name n --uid 4294967295", "ordinary user"),
+            ("--dir d --name n --uid-base 0", "ordinary user"),
+            ("--dir d --name n --uid-base 4290772991", "largest process number"),
             ("--dir d --name n --require walls", "walls"),
             ("--dir d --name n --cgroup fd:x", "descriptor"),
             ("--probe --dir d", "alone"),

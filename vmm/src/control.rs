@@ -33,7 +33,8 @@ use crate::{
     machine::{Confine, Machine, MachineError},
 };
 
-/// Requests that may wait while a save is under way. The node sends one at a time, and a `Cancel`.
+/// Requests that may wait while a save is under way; more are refused. The node asks for counters now and then, and sends a
+/// `Cancel`.
 const MAX_WAITING: usize = 16;
 
 const LISTENER: u64 = 1;
@@ -274,12 +275,22 @@ impl Server {
         let machine = some(machine)?;
         let (mut cancelled, mut ended) = (false, None);
         let saved = machine.save(state, parts, &mut || {
-            while !cancelled && ended.is_none() && waiting.len() < MAX_WAITING {
+            for _ in 0..MAX_WAITING {
+                if cancelled || ended.is_some() {
+                    break;
+                }
                 match connection.as_ref().map_or(Heard::Nothing, Connection::hear) {
                     Heard::Nothing => break,
                     Heard::Packet(packet, descriptors) => {
-                        cancelled = packet.request == Request::Cancel;
-                        waiting.push_back((packet, descriptors));
+                        // Whoever wants the process to end does not want it to save first.
+                        cancelled = matches!(packet.request, Request::Cancel | Request::Quit);
+                        if cancelled || waiting.len() < MAX_WAITING {
+                            waiting.push_back((packet, descriptors));
+                        } else if let Some(connection) = connection {
+                            // Not left in the socket: a `Cancel` may stand behind it.
+                            let reply = refused(Fault::Request, "too many requests wait for the end of a save");
+                            ended = connection.send(&FromVmm::Reply { id: packet.id, reply }, &[]).err();
+                        }
                     }
                     Heard::Nonsense(why) => {
                         tracing::warn!(%why, "the node sent what is no request during a save; it is given up");

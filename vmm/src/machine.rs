@@ -37,7 +37,7 @@ use crate::{
     devices::{bus::{Bus, lock}, power},
     jail::ProcessFiles,
     kvm::{KvmError, cpuid, vcpu::Vcpu, vm::Vm},
-    memory::GuestRam,
+    memory::{GuestRam, dirty::DirtyPages},
 };
 
 /// Names of steps and the microseconds that each took; they add up to the whole.
@@ -258,6 +258,8 @@ pub struct Machine {
     stopped: EventFd,
     /// How the guest ended, from when it is known until [`Machine::dispatch`] has said it.
     untold: Option<Stopped>,
+    /// How pages of guest memory are found that were written.
+    dirty: DirtyPages,
     process_files: ProcessFiles,
     counters: usage::Counters,
 }
@@ -336,14 +338,22 @@ impl Machine {
         Ok(())
     }
 
-    /// Stops vCPUs and devices. On return nothing of the guest is in flight. Harmless if they are stopped.
+    /// Stops vCPUs and devices. On return nothing of the guest is in flight; after an error it runs on. Harmless if they are
+    /// stopped.
     pub fn pause(&mut self) -> Result<(), MachineError> {
         match self.phase {
             Phase::Paused | Phase::Stopped => return Ok(()),
             Phase::Running => {}
             Phase::Ready | Phase::Spoilt => return Err(MachineError::request("there is no guest in this machine")),
         }
-        self.stop_all()?;
+        if let Err(error) = self.stop_all() {
+            // A vCPU hangs in a device (whose file, most likely, is on a disk that hangs). Those that have stopped must not be
+            // left so, since the guest counts as running; and the one that hangs goes on when it can.
+            for vcpu in &self.vcpus {
+                vcpu.run().map_err(|error| MachineError::kvm("running a vCPU", &error))?;
+            }
+            return Err(error);
+        }
         self.phase = Phase::Paused;
         // It may have ended itself just now. Such a guest must not be saved: it would be restored behind its own end.
         self.look_for_end();

@@ -90,7 +90,8 @@ fn run(serve: &Serve) -> Result<(), Failure> {
     // Finds the kernel's clock page, once for the process; later that would be a forbidden call.
     let _ = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     let mut report = Report::default();
-    privileges::become_user(serve.uid, serve.gid, &mut report)?;
+    let (uid, gid) = serve.user(std::process::id());
+    privileges::become_user(uid, gid, &mut report)?;
     namespaces::unshare(&mut report)?;
     seccomp::set_mode(serve.seccomp);
     let parent = supervisor::fork()?;

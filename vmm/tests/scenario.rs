@@ -157,6 +157,70 @@ fn a_save_is_cancelled_between_two_pieces_and_the_machine_goes_on() {
     self::save(&mut node, &files, "again");
 }
 
+/// A process with a paused clone, that does not run: what is sent to it is all there before it reads the first.
+fn stopped(files: &Files) -> (process::Process, Node) {
+    let (_booted, mut node) = image(files);
+    node.done(Request::Quit, &[]);
+    let (process, mut node) = prepared(files, MemoryUse::Private);
+    restore(&mut node, files, None, &files.read("state"), &[], "top");
+    node.done(Request::Run, &[]);
+    node.done(Request::Pause, &[]);
+    signal(&process, libc::SIGSTOP);
+    (process, node)
+}
+
+fn signal(process: &process::Process, signal: i32) {
+    // SAFETY: the process is this test's own.
+    assert_eq!(unsafe { libc::kill(process.inner_pid() as i32, signal) }, 0);
+}
+
+/// Begins a save; answers its id.
+fn say_save(node: &mut Node, files: &Files) -> u64 {
+    let (state, memory, map) = (files.empty("s"), files.empty("m"), files.empty("d"));
+    node.say(DIFFERENCE, &[state.as_fd(), memory.as_fd(), files.read("memory").as_fd(), map.as_fd()])
+}
+
+#[test]
+fn a_save_hears_of_its_end_whatever_else_is_asked_meanwhile() {
+    if !has_kvm() {
+        return;
+    }
+    let files = Files::new();
+    let (process, mut node) = stopped(&files);
+    let save = say_save(&mut node, &files);
+    let asked: Vec<u64> = (0..20).map(|_| node.say(Request::Usage, &[])).collect();
+    let cancel = node.say(Request::Cancel, &[]);
+    signal(&process, libc::SIGCONT);
+    let mut replies = std::collections::BTreeMap::new();
+    while replies.len() < asked.len() + 2 {
+        match node.hear().unwrap() {
+            (FromVmm::Reply { id, reply }, _) => assert!(replies.insert(id, reply).is_none()),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert!(matches!(replies[&save], Reply::Failed { fault: Fault::Cancelled, .. }), "{:?}", replies[&save]);
+    assert!(matches!(replies[&cancel], Reply::Done { .. }));
+    let told = asked.iter().filter(|id| matches!(replies[id], Reply::Usage(_))).count();
+    let refused = asked.iter().filter(|id| matches!(&replies[id], Reply::Failed { fault: Fault::Request, why } if why.contains("too many"))).count();
+    assert_eq!((told, refused), (16, 4));
+    node.done(Request::Quit, &[]);
+}
+
+#[test]
+fn the_end_of_the_process_does_not_wait_for_a_save() {
+    if !has_kvm() {
+        return;
+    }
+    let files = Files::new();
+    let (process, mut node) = stopped(&files);
+    let save = say_save(&mut node, &files);
+    let quit = node.say(Request::Quit, &[]);
+    signal(&process, libc::SIGCONT);
+    assert!(matches!(node.answer(save).0, Reply::Failed { fault: Fault::Cancelled, .. }));
+    assert!(matches!(node.answer(quit).0, Reply::Done { .. }));
+    assert_eq!(process.ended().0.code(), Some(0));
+}
+
 #[test]
 fn a_node_that_goes_and_comes_back_finds_the_machine_as_it_was() {
     if !has_kvm() {

@@ -220,7 +220,9 @@ impl Net {
             chain::complete(queue, memory, chain.head, 0)?;
         }
         chain::notify(queue, memory, interrupt)?;
-        if chain::has_next(queue, memory) {
+        // Asked for anew, since the call may have ended at its limit with a queue that happens to be empty just now: nobody would
+        // kick for what comes next.
+        if chain::listen(queue, memory)? {
             self.more.ring();
         }
         Ok(())

@@ -38,6 +38,11 @@ pub(super) const WINDOW: u32 = 256 * 1024;
 /// which also bounds the saved state.
 const LARGE_WINDOWS: usize = 32;
 const SMALL_WINDOW: u32 = 8 * 1024;
+/// What is saved must be loaded again: all windows full, and less than 128 bytes for each stream and each reset.
+const _: () = assert!(
+    LARGE_WINDOWS * WINDOW as usize + (MAX_CONNECTIONS - LARGE_WINDOWS) * SMALL_WINDOW as usize + 128 * (MAX_CONNECTIONS + MAX_ORPHANS)
+        < crate::transport::MAX_STATE_BYTES
+);
 /// Host ports, used in turn so that one is free for long before it is used again. They are the tokens of the streams'
 /// sockets, and are far from all other tokens.
 pub(super) const HOST_PORTS: Range<u32> = 1 << 30..1 << 31;

@@ -56,6 +56,32 @@ fn reported_pages_are_discarded_whole() {
 }
 
 #[test]
+fn a_guest_that_gives_back_single_pages_does_not_keep_the_event_loop() {
+    let (mut rig, discarded) = rig();
+    let memory = rig.memory.clone();
+    let mut rings = rig.start(16, 3);
+    rig.settle();
+    let pages: Vec<u32> = (0..400).map(|page| 0x200 + page * 2).collect();
+    put(&memory, BUFFERS, &list(&pages));
+    for _ in 0..16 {
+        rings[0].add(&memory, &[(BUFFERS, pages.len() as u32 * 4, false)]);
+    }
+    rig.transport.write(0x50, &0_u32.to_le_bytes());
+    let mut turns = 0;
+    while discarded.lock().unwrap().len() < 16 * pages.len() {
+        let before = discarded.lock().unwrap().len();
+        rig.turn(std::time::Duration::from_secs(60));
+        let after = discarded.lock().unwrap().len();
+        assert!(after - before <= 1200, "{} in one turn", after - before);
+        turns += u32::from(after > before);
+    }
+    assert!(turns >= 5);
+    for _ in 0..16 {
+        rig.completion(&mut rings[0]);
+    }
+}
+
+#[test]
 fn a_page_that_the_guest_has_not_is_refused() {
     for page in [(LOW_BYTES >> 12) as u32, ((HIGH + HIGH_BYTES as u64) >> 12) as u32, u32::MAX] {
         let (mut rig, discarded) = rig();

@@ -62,6 +62,26 @@ fn frames_go_out_whole_and_without_the_drivers_header() {
     assert_eq!((receive(&wire), counters.dropped_frames.load(Ordering::Relaxed)), (None, 1));
 }
 
+/// The most that one call of the device takes. Whoever ends it there must ask for the next kick all the same.
+#[test]
+fn after_a_queue_full_of_frames_the_driver_is_asked_to_kick_again() {
+    let (mut rig, wire) = rig();
+    let memory = rig.memory.clone();
+    let features = rig.offered();
+    let mut rings = rig.start_with(features, 256, 2);
+    rig.settle();
+    put(&memory, BUFFERS + 12, &frame(1));
+    for _ in 0..256 {
+        rings[1].add(&memory, &[(BUFFERS, 12 + 60, false)]);
+    }
+    rig.kick(&rings[1]);
+    rig.settle();
+    assert!(receive(&wire).is_some());
+    // `avail_event`: a driver kicks for the request after this one (virtio 1.2 §2.7.10).
+    let asked: u16 = u16::from_le_bytes(get(&memory, rings[1].used + 4 + 256 * 8, 2).try_into().unwrap());
+    assert_eq!(asked, rings[1].available_index);
+}
+
 #[test]
 fn frames_wait_on_the_wire_while_the_driver_has_no_buffers() {
     let (mut rig, wire) = rig();

@@ -116,8 +116,18 @@ pub trait Backend: Send + Sync + Sized + 'static {
     /// The program, by path or by name, and what it is told if it is not there.
     fn program(&self) -> (&Path, &'static str);
 
-    /// Its arguments; one of them is [`super::process::name_argument`].
-    fn arguments(&self, process_dir: &Path, role: &Role) -> Vec<String>;
+    /// Whether the program joins the cgroup that it is told by itself, before it does anything else. If not, it is put into it
+    /// as soon as it runs.
+    const JOINS_CGROUP: bool;
+
+    /// Tasks beside the vCPUs' threads, with room.
+    const OTHER_TASKS: u32;
+
+    /// Memory that the process may take beside the guest's.
+    fn overhead_bytes(&self, shape: Shape) -> u64;
+
+    /// Its arguments; one of them is [`super::process::name_argument`]. `cgroup` is there already.
+    fn arguments(&self, process_dir: &Path, role: &Role, cgroup: Option<&Path>) -> Vec<String>;
 
     /// Connects to a fresh process. On return it boots, or is ready to load.
     async fn connect(&self, process: &Process, role: &Role) -> Result<Self::Vmm, EngineError>;

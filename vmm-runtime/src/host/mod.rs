@@ -16,6 +16,7 @@ mod adopt;
 mod applog;
 pub(crate) mod backend;
 pub(crate) mod calls;
+pub mod cgroup;
 pub(crate) mod cpu;
 mod image;
 mod layers;
@@ -41,7 +42,7 @@ use async_trait::async_trait;
 use model::{Generation, MicrovmId};
 use parking_lot::Mutex;
 
-use self::{pool::Pool, process::Process};
+use self::{cgroup::Cgroups, pool::Pool, process::Process};
 pub use self::{
     backend::{Backend, Load, Role, Save, SavedParts},
     image::Image,
@@ -111,6 +112,8 @@ pub struct HostConfig {
 pub struct Shared<B: Backend> {
     backend: B,
     config: HostConfig,
+    /// `None`: this host has none that could be used.
+    cgroups: Option<Cgroups>,
     pool: Arc<Pool<B>>,
     /// Images whose memory and disk were read and found right, by the checksum of their manifest.
     verified: Mutex<HashMap<PathBuf, Arc<tokio::sync::OnceCell<u32>>>>,
@@ -124,13 +127,23 @@ pub struct ProcessEngine<B: Backend> {
 impl<B: Backend> ProcessEngine<B> {
     /// Makes the run directory. Starts no process.
     pub(crate) fn over(backend: B, mut config: HostConfig) -> Result<Self, EngineError> {
+        let cgroups = match Cgroups::find() {
+            Ok(cgroups) => {
+                tracing::info!(dir = %cgroups.dir().display(), "each VMM process gets a cgroup that limits its memory and tasks");
+                Some(cgroups)
+            }
+            Err(why) => {
+                tracing::warn!(%why, "VMM processes have no limit on memory and tasks: no cgroup v2 with these controllers can be used here");
+                None
+            }
+        };
         fs::create_dir_all(&config.run_dir)
             .and_then(|()| {
                 config.run_dir = config.run_dir.canonicalize()?;
                 Ok(())
             })
             .map_err(|error| failed(format!("creating the run directory {}", config.run_dir.display()), error))?;
-        Ok(Self { shared: Arc::new_cyclic(|shared| Shared { pool: Pool::new(config.pool, shared.clone()), backend, config, verified: Mutex::default() }) })
+        Ok(Self { shared: Arc::new_cyclic(|shared| Shared { pool: Pool::new(config.pool, shared.clone()), backend, config, cgroups, verified: Mutex::default() }) })
     }
 
     pub(crate) fn backend(&self) -> &B {
@@ -285,10 +298,8 @@ impl<B: Backend> Engine for ProcessEngine<B> {
         }
         for entry in fs::read_dir(&run_dir).map_err(doing)? {
             let dir = entry.map_err(doing)?.path();
-            if !wanted.iter().any(|process| process.dir() == dir)
-                && let Err(error) = fs::remove_dir_all(&dir)
-            {
-                tracing::warn!(dir = %dir.display(), %error, "a leftover cannot be removed");
+            if !wanted.iter().any(|process| process.dir() == dir) {
+                cgroup::remove_process_dir(&dir);
             }
         }
         Ok(())

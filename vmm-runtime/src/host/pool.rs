@@ -12,10 +12,13 @@ use std::{
     time::{Duration, Instant},
 };
 
+use model::Shape;
 use parking_lot::Mutex;
 
 use super::{
-    Backend, Image, Role, Shared, failed,
+    Backend, Image, Role, Shared,
+    cgroup::{self, Ceiling},
+    failed,
     process::{Priority, Process},
     record,
 };
@@ -53,15 +56,32 @@ impl<B: Backend> Ready<B> {
     }
 }
 
+/// What a process for a guest of this shape may take.
+fn ceiling<B: Backend>(backend: &B, shape: Shape) -> Ceiling {
+    let memory_bytes = (u64::from(shape.memory_mib) << 20) + backend.overhead_bytes(shape);
+    let vcpus = u32::from(shape.vcpus);
+    // Devices and the rest of the VMM work beside the vCPUs.
+    Ceiling { memory_bytes, tasks: vcpus + B::OTHER_TASKS, cpus: vcpus + 1 }
+}
+
 /// Starts a process and connects to it.
 pub(super) async fn start<B: Backend>(shared: &Shared<B>, role: &Role, priority: Priority) -> Result<Ready<B>, EngineError> {
     let (program, mend) = shared.backend.program();
-    let arguments = |dir: &Path| shared.backend.arguments(dir, role);
+    let ceiling = ceiling(&shared.backend, role.shape());
+    let arguments = |dir: &Path| {
+        let cgroup = shared.cgroups.as_ref().map(|cgroups| cgroups.create(dir, ceiling)).transpose()?;
+        Ok(shared.backend.arguments(dir, role, cgroup.as_deref()))
+    };
     let process = Process::start(program, &shared.config.run_dir, arguments, priority).map_err(|error| match error.kind() {
         io::ErrorKind::NotFound => EngineError::Host { what: format!("{} is not there; {mend}", program.display()) },
         _ => failed(format!("starting {}", program.display()), error),
     })?;
     let process = KillOnDrop::new(process);
+    if !B::JOINS_CGROUP
+        && let Some(cgroup) = cgroup::of(process.get().dir())
+    {
+        cgroup::join(&cgroup, process.get().pid()).map_err(|error| failed("limiting a VMM process", error))?;
+    }
     let vmm = shared.backend.connect(process.get(), role).await?;
     if priority == Priority::Low && !process.get().raise_priority() {
         tracing::debug!(pid = process.get().pid(), "a ready process keeps its low priority: raising it takes CAP_SYS_NICE");
@@ -208,21 +228,20 @@ impl<B: Backend> Pool<B> {
             match (started, state.shelves.get_mut(image_dir)) {
                 (Ok(ready), Some(shelf)) if !closed && Arc::ptr_eq(&shelf.image, &image) => {
                     shelf.ready.push(ready);
-                    None
+                    return true;
                 }
-                (Ok(ready), _) => Some(ready),
+                (Ok(ready), _) => vec![ready],
                 (Err(error), _) => {
                     tracing::warn!(image = %image_dir.display(), error = &error as &dyn std::error::Error, "no process could be made ready for an image");
-                    state.shelves.remove(image_dir);
-                    return false;
+                    // Those that are ready already would belong to nobody: a process outlives what holds it.
+                    state.shelves.remove(image_dir).map(|shelf| shelf.ready).unwrap_or_default()
                 }
             }
         };
-        if let Some(unwanted) = unwanted {
+        for unwanted in unwanted {
             unwanted.end(&shared).await;
-            return false;
         }
-        true
+        false
     }
 
     /// Takes a process from the image that was not used for the longest time.

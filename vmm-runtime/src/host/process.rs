@@ -22,6 +22,8 @@ use rustix::{
     process::{Pid, PidfdFlags, Signal},
 };
 use serde::{Deserialize, Serialize};
+
+use super::cgroup;
 use tokio::{io::unix::AsyncFd, net::UnixStream};
 
 const OUTPUT: &str = "vmm.log";
@@ -97,13 +99,13 @@ fn open_dir(dir: &Path) -> io::Result<OwnedFd> {
 
 impl Process {
     /// Starts a program in a new directory of its own under `run_dir`; `arguments` is given that directory.
-    pub fn start(program: &Path, run_dir: &Path, arguments: impl FnOnce(&Path) -> Vec<String>, priority: Priority) -> io::Result<Self> {
+    pub fn start(program: &Path, run_dir: &Path, arguments: impl FnOnce(&Path) -> io::Result<Vec<String>>, priority: Priority) -> io::Result<Self> {
         let dir = run_dir.join(uuid::Uuid::new_v4().simple().to_string());
         fs::create_dir_all(&dir)?;
-        let started = Self::start_in(program, &dir, arguments(&dir), priority);
+        let started = arguments(&dir).and_then(|arguments| Self::start_in(program, &dir, arguments, priority));
         if started.is_err() {
             // The error is the news; what cannot be removed is swept at the next start.
-            let _ = fs::remove_dir_all(&dir);
+            cgroup::remove_process_dir(&dir);
         }
         started
     }
@@ -220,14 +222,9 @@ impl Process {
         }
     }
 
-    /// Removes its directory. For when it has ended.
+    /// Removes its directory and its cgroup. For when it has ended or was told to.
     pub fn remove_dir(&self) {
-        match fs::remove_dir_all(&self.identity.dir) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                tracing::warn!(dir = %self.identity.dir.display(), %error, "the directory of an ended VMM process cannot be removed");
-            }
-            _ => {}
-        }
+        cgroup::remove_process_dir(&self.identity.dir);
     }
 
     /// Gives a process that was started with [`Priority::Low`] what every other has. `false`: that is not permitted.

@@ -110,6 +110,12 @@ impl Channel {
 }
 
 impl KvmVm {
+    /// The guest's network: none without [`super::KvmConfig::net`], and none of a microVM that was taken over from an earlier
+    /// node (its card works on; only the name of its network is lost).
+    pub fn network(&self) -> Option<&super::Network> {
+        self.vmm().network.as_ref()
+    }
+
     /// Whether the guest's connection to this node is the one that it had before its last sleep.
     pub fn kept_its_channel(&self) -> bool {
         self.vmm().channel.kept.load(Ordering::Relaxed)
@@ -159,7 +165,7 @@ mod tests {
 
     /// A process that does nothing, with a muxer in this one that treats connection after connection as told.
     fn process(run_dir: &Path, answers: &'static [&'static str]) -> (Process, std::thread::JoinHandle<StdStream>) {
-        let process = Process::start(Path::new("sleep"), run_dir, |_| vec!["60".to_owned()], Priority::Normal).unwrap();
+        let process = Process::start(Path::new("sleep"), run_dir, |_| Ok(vec!["60".to_owned()]), Priority::Normal).unwrap();
         let listener = UnixListener::bind(process.dir().join(VSOCK_SOCKET)).unwrap();
         let muxer = std::thread::spawn(move || {
             for answer in answers {

@@ -5,6 +5,7 @@
 
 mod channel;
 pub mod control;
+mod network;
 mod probe;
 
 use std::{
@@ -18,20 +19,23 @@ use std::{
 use async_trait::async_trait;
 use model::Shape;
 use tokio::net::UnixStream;
-use vmm_protocol::control::{CONTROL_SOCKET, Fault, MACHINE_LAYOUT, MemoryUse, Reply, Request, SaveKind, Saved};
+use vmm_protocol::control::{CONTROL_SOCKET, Fault, MACHINE_LAYOUT, MemoryUse, NetSpec, Reply, Request, SaveKind, Saved};
 
 use self::{
     channel::Channel,
     control::{Control, ControlError},
 };
-pub use self::probe::{Probe, probe};
+pub use self::{
+    network::{GUEST_ADDRESS, HOST_ADDRESS, Network},
+    probe::{Probe, probe},
+};
 pub use crate::host::{HostConfig, Limits, PoolConfig, process};
 use crate::{
     engine::{EngineError, Usage},
     host::{
         Backend, Image, Load, ProcessEngine, ProcessVm, Role, Save, SavedParts, Stopwatch,
         backend::{DIFFERENCE, STATE, state_file},
-        bad_snapshot,
+        bad_snapshot, blocking,
         cpu::Cpu,
         exchange_failed, failed,
         process::{Process, name_argument},
@@ -47,6 +51,21 @@ pub struct KvmConfig {
     pub vmm: PathBuf,
     /// What every engine has.
     pub host: HostConfig,
+    /// If the node is root, each VMM process becomes the user and group of this number plus its own process number. The kernel
+    /// sees to it that no two living processes have one, so nothing has to be recorded, given back, or agreed upon with
+    /// another node on this host. (Nodes in containers with process numbers of their own, but the host's users, each need a
+    /// range: 4194304 numbers from here on.) Files do not matter: all are handed in open.
+    pub uid_base: u32,
+    /// Whether each guest has a network card, in a network of its own with nobody else in it. Images are of one kind or the
+    /// other: one made with a card is refused without.
+    pub net: bool,
+}
+
+impl KvmConfig {
+    /// The usual one: without a network.
+    pub fn new(vmm: PathBuf, host: HostConfig) -> Self {
+        Self { vmm, host, uid_base: DEFAULT_UID_BASE, net: false }
+    }
 }
 
 /// See the module.
@@ -60,6 +79,8 @@ pub struct Kvm {
     kernel: PathBuf,
     initrd: PathBuf,
     limits: Limits,
+    uid_base: u32,
+    net: bool,
     version: String,
     cpu: String,
 }
@@ -68,7 +89,20 @@ pub struct Kvm {
 pub struct KvmVmm {
     control: Control,
     channel: Channel,
+    /// The guest's network, if it has one and this node has made it.
+    network: Option<Network>,
 }
+
+/// Of one process beside its guest's memory:
+/// - 16 MiB: the program (5 MiB at most), its stacks, the two buffers of 1 MiB and the writer's of a save;
+/// - 256 MiB: what 1024 streams (the muxer's limit) can hold for clients that do not read, 256 KiB (a window) each;
+/// - 32 MiB: what the kernel holds for it: the machine and 16 vCPUs, sockets with the node, descriptors.
+const OVERHEAD_BYTES: u64 = (16 + 256 + 32) << 20;
+/// One part in so many of guest memory for page tables, here and in KVM, and reverse maps: 8 bytes a page each, and room.
+const KERNEL_SHARE: u64 = 64;
+/// The default: between systemd's numbers for containers, which end at 1879048191, and those that it has for files of foreign
+/// images, from 2147352576 on.
+pub const DEFAULT_UID_BASE: u32 = 2_000_000_000;
 
 const DEV_KVM: &str = "/dev/kvm";
 const MISSING: &str = "run: make build";
@@ -93,14 +127,14 @@ const KERNEL_ARGUMENTS: &str = "console=ttyS0 quiet loglevel=4 panic=-1 reboot=k
 impl KvmEngine {
     /// Looks whether the VMM is there and `/dev/kvm` may be used. Starts no microVM.
     pub async fn new(config: KvmConfig) -> Result<Self, EngineError> {
-        let KvmConfig { vmm, host } = config;
+        let KvmConfig { vmm, host, uid_base, net } = config;
         let version = version(&vmm, "dormouse-vmm ", MISSING).await?;
         open_kvm()?;
         let cpu = Cpu::of_host();
         let [vendor, family, model, stepping] = ["vendor_id", "cpu family", "model", "stepping"].map(|field| cpu.field(field));
         let cpu = format!("{vendor} family {family} model {model} stepping {stepping}, features {}", cpu.features_hash());
         let (kernel, initrd, limits) = (host.kernel.clone(), host.initrd.clone(), host.limits);
-        Self::over(Kvm { program: vmm, kernel, initrd, limits, version, cpu }, host)
+        Self::over(Kvm { program: vmm, kernel, initrd, limits, uid_base, net, version, cpu }, host)
     }
 
     /// The version of the VMM that was found.
@@ -113,6 +147,10 @@ fn open_kvm() -> Result<File, EngineError> {
     File::options().read(true).write(true).open(DEV_KVM).map_err(|error| EngineError::Host {
         what: format!("{DEV_KVM} cannot be opened ({error}); load kvm_intel or kvm_amd, and run as root or in the group kvm"),
     })
+}
+
+fn no_network(error: io::Error) -> EngineError {
+    EngineError::Host { what: format!("a network for a guest cannot be made ({error}); it takes root, and the kernel's tun (modprobe tun)") }
 }
 
 /// Opens or makes a file, and says which in an error.
@@ -148,7 +186,7 @@ impl Kvm {
     async fn connected(&self, process: &Process, limit: Duration) -> Result<KvmVmm, EngineError> {
         let told = |error: io::Error| failed(format!("connecting to the VMM (it said: {})", process.output_tail()), error);
         let socket = process.connect_with(CONTROL_SOCKET, limit, async |path| control::connect(&path)).await.map_err(told)?;
-        Ok(KvmVmm { control: Control::start(socket).map_err(told)?, channel: Channel::default() })
+        Ok(KvmVmm { control: Control::start(socket).map_err(told)?, channel: Channel::default(), network: None })
     }
 
     async fn boot(&self, process: &Process, vmm: &KvmVmm, root_disk: &File) -> Result<(), EngineError> {
@@ -180,7 +218,8 @@ impl Backend for Kvm {
 
     fn fingerprint(&self, shape: Shape) -> Fingerprint {
         let Shape { memory_mib, vcpus, disk_gib: _ } = shape;
-        let machine = format!("layout {MACHINE_LAYOUT}, {memory_mib} MiB, {vcpus} vCPUs");
+        let card = if self.net { ", network" } else { "" };
+        let machine = format!("layout {MACHINE_LAYOUT}, {memory_mib} MiB, {vcpus} vCPUs{card}");
         Fingerprint { engine: Self::NAME.to_owned(), vmm: self.version.clone(), machine, cpu: self.cpu.clone() }
     }
 
@@ -188,12 +227,25 @@ impl Backend for Kvm {
         (&self.program, MISSING)
     }
 
-    fn arguments(&self, process_dir: &Path, _role: &Role) -> Vec<String> {
-        vec!["--dir".to_owned(), process_dir.display().to_string(), "--name".to_owned(), name_argument(process_dir)]
+    const JOINS_CGROUP: bool = true;
+    /// The waiting process, main thread, block worker, KVM's own worker (since Linux 6.14); twice that.
+    const OTHER_TASKS: u32 = 8;
+
+    fn overhead_bytes(&self, shape: Shape) -> u64 {
+        OVERHEAD_BYTES + (u64::from(shape.memory_mib) << 20) / KERNEL_SHARE
+    }
+
+    fn arguments(&self, process_dir: &Path, _role: &Role, cgroup: Option<&Path>) -> Vec<String> {
+        let mut arguments = vec!["--dir".to_owned(), process_dir.display().to_string(), "--name".to_owned(), name_argument(process_dir)];
+        arguments.extend(["--uid-base".to_owned(), self.uid_base.to_string()]);
+        if let Some(cgroup) = cgroup {
+            arguments.extend(["--cgroup".to_owned(), cgroup.display().to_string()]);
+        }
+        arguments
     }
 
     async fn connect(&self, process: &Process, role: &Role) -> Result<KvmVmm, EngineError> {
-        let vmm = self.connected(process, START_LIMIT).await?;
+        let mut vmm = self.connected(process, START_LIMIT).await?;
         let Shape { memory_mib, vcpus, disk_gib: _ } = role.shape();
         let memory_bytes = u64::from(memory_mib) << 20;
         let kvm = open_kvm()?;
@@ -207,8 +259,14 @@ impl Backend for Kvm {
             }
             Role::Clone(image) => (readable(&image.memory())?, None, image.disk_bytes(), MemoryUse::Private),
         };
-        let request = Request::Prepare { version: vmm_protocol::control::VERSION, vcpus, memory_bytes, memory: memory_use, disk_bytes, net: None };
-        let prepared = vmm.control.demand(request, &[kvm.as_fd(), memory.as_fd()], START_LIMIT).await;
+        let made = if self.net { Some(blocking(Network::make).await.map_err(no_network)?) } else { None };
+        let (network, tap) = made.unzip();
+        vmm.network = network;
+        let net = tap.as_ref().map(|_| NetSpec { mac: network::guest_mac(process.dir()) });
+        let request = Request::Prepare { version: vmm_protocol::control::VERSION, vcpus, memory_bytes, memory: memory_use, disk_bytes, net };
+        let mut descriptors = vec![kvm.as_fd(), memory.as_fd()];
+        descriptors.extend(tap.as_ref().map(AsFd::as_fd));
+        let prepared = vmm.control.demand(request, &descriptors, START_LIMIT).await;
         prepared.map_err(|error| refused(process, "making a virtual machine", None, error))?;
         if let Some(root_disk) = root_disk {
             self.boot(process, &vmm, &root_disk).await?;

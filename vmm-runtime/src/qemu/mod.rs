@@ -57,6 +57,12 @@ pub struct QemuConfig {
     pub host: HostConfig,
 }
 
+/// Of one process beside its guest's memory: the translator's cache, which grows to 1 GiB (`DEFAULT_CODE_GEN_BUFFER_SIZE`), and
+/// 256 MiB for the program, its devices and what the kernel holds for them.
+const OVERHEAD_BYTES: u64 = (1024 + 256) << 20;
+/// One part in so many of guest memory for page tables, here and in KVM, and reverse maps: 8 bytes a page each, and room.
+const KERNEL_SHARE: u64 = 64;
+
 /// See the module.
 pub type QemuEngine = ProcessEngine<Qemu>;
 /// A microVM of the `qemu` engine.
@@ -140,11 +146,19 @@ impl Backend for Qemu {
         Fingerprint { engine: Self::NAME.to_owned(), vmm: self.version.clone(), machine: self.machine(shape).fingerprint(), cpu: self.cpu.clone() }
     }
 
+    const JOINS_CGROUP: bool = false;
+    /// Threads of the block layer (64 at most), event loops, RCU, a helper of the migration.
+    const OTHER_TASKS: u32 = 96;
+
     fn program(&self) -> (&Path, &'static str) {
         (&self.program, MISSING)
     }
 
-    fn arguments(&self, process_dir: &Path, role: &Role) -> Vec<String> {
+    fn overhead_bytes(&self, shape: Shape) -> u64 {
+        OVERHEAD_BYTES + (u64::from(shape.memory_mib) << 20) / KERNEL_SHARE
+    }
+
+    fn arguments(&self, process_dir: &Path, role: &Role, _cgroup: Option<&Path>) -> Vec<String> {
         let (machine, memory) = (self.machine(role.shape()), role.memory());
         match role {
             Role::Boot { root_disk, .. } => machine.boot(process_dir, &memory, &Guest { kernel: &self.kernel, initrd: &self.initrd, root_disk }),

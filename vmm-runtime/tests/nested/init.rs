@@ -67,6 +67,7 @@ fn run() -> i32 {
     for (source, target, kind) in [("proc", "proc", "proc"), ("sysfs", "sys", "sysfs"), ("devtmpfs", "dev", "devtmpfs")] {
         mount_on(source, &format!("{ROOT}/{target}"), kind, 0);
     }
+    mount_on("cgroup2", &format!("{ROOT}/sys/fs/cgroup"), "cgroup2", 0);
     load(&format!("{ROOT}/modules"));
     // Moved and not only entered: a process in a mere chroot may make no user namespace, and the jail wants one.
     std::env::set_current_dir(ROOT).unwrap();
@@ -81,6 +82,8 @@ fn run() -> i32 {
         .args(std::env::var("NESTED_TEST"))
         .env("DORMOUSE_VMM", "/bin/dormouse-vmm")
         .env("DORMOUSE_PREBUILT", "/prebuilt")
+        // The machine is known, and what is missing here is a fault.
+        .env("DORMOUSE_JAIL_COMPLETE", "1")
         .env("RUST_BACKTRACE", "0")
         .spawn()
         .unwrap();

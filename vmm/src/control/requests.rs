@@ -11,7 +11,7 @@ use std::{
 };
 
 use rustix::fs::{FileType, fstat};
-use vmm_protocol::control::{Fault, MAX_DESCRIPTORS, MemoryUse, NetSpec, Reply, Request, SaveKind, Saved, VERSION};
+use vmm_protocol::control::{AGENT_PORT, Fault, MAX_DESCRIPTORS, MemoryUse, NetSpec, Reply, Request, SaveKind, Saved, VERSION};
 
 use super::Parts;
 use crate::machine::{Boot, Machine, MachineError, Phases, Restore, SaveParts, SavedMachine, SealedLayer, Shell};
@@ -27,7 +27,8 @@ const MAX_DISK: u64 = 1 << 46;
 /// A kernel's own limit (`COMMAND_LINE_SIZE`), with room for what the machine adds.
 const MAX_CMDLINE: usize = 1900;
 const PAGE: u64 = 4096;
-/// Streams of one save: what fits beside the other descriptors of the restore to come.
+/// Streams of one save: what fits beside the other descriptors of the restore to come. One message is enough: the node goes
+/// on with one stream, the agent's; what a client opened beside it is reset in the guest, as after a restart of the node.
 const MAX_STREAMS: usize = MAX_DESCRIPTORS - 4;
 
 fn refuse(why: impl Into<String>) -> MachineError {
@@ -197,10 +198,38 @@ pub fn save(kind: SaveKind, descriptors: Vec<OwnedFd>) -> Result<(File, SavePart
 pub fn saved(saved: SavedMachine) -> (Reply, Vec<OwnedFd>) {
     let SavedMachine { state_bytes, state_crc32, memory, map_crc32, merged, mut streams, phases } = saved;
     if streams.len() > MAX_STREAMS {
-        // The guest sees a reset of those that are not handed back at the restore.
+        // The guest sees a reset of those that are not handed back at the restore. Never the node's own, which may be the
+        // youngest; the order is kept otherwise.
+        streams.sort_by_key(|(stream, _)| stream.guest_port != AGENT_PORT);
         tracing::warn!(open = streams.len(), kept = MAX_STREAMS, "more streams are open than one message can carry; the rest will be reset");
         streams.truncate(MAX_STREAMS);
     }
     let (streams, descriptors) = streams.into_iter().unzip();
     (Reply::Saved(Saved { state_bytes, state_crc32, memory, map_crc32, merged, streams, phases_us: phases }), descriptors)
+}
+
+#[cfg(test)]
+mod tests {
+    use vmm_protocol::control::{FromVmm, ParkedStream, receive, send};
+
+    use super::*;
+
+    #[test]
+    fn of_a_hundred_streams_as_many_as_fit_are_handed_over_and_the_agents_is_one_of_them() {
+        let stream = |host_port| (ParkedStream { guest_port: if host_port == 99 { AGENT_PORT } else { 5000 }, host_port }, File::open("/dev/null").unwrap().into());
+        let phases = Phases::new();
+        let machine = SavedMachine { state_bytes: 0, state_crc32: 0, memory: None, map_crc32: None, merged: false, streams: (0..100).map(stream).collect(), phases };
+        let (reply, descriptors) = saved(machine);
+        let Reply::Saved(Saved { streams, .. }) = &reply else { panic!("{reply:?}") };
+        let ports: Vec<u32> = streams.iter().map(|stream| stream.host_port).collect();
+        assert_eq!(ports, std::iter::once(99).chain(0..59).collect::<Vec<_>>());
+        assert_eq!(descriptors.len(), ports.len());
+        // And the message goes through.
+        let flags = rustix::net::SocketFlags::CLOEXEC;
+        let (ours, theirs) = rustix::net::socketpair(rustix::net::AddressFamily::UNIX, rustix::net::SocketType::SEQPACKET, flags, None).unwrap();
+        let borrowed: Vec<_> = descriptors.iter().map(std::os::fd::AsFd::as_fd).collect();
+        send(&ours, &FromVmm::Reply { id: 1, reply: reply.clone() }, &borrowed).unwrap();
+        let (heard, arrived) = receive::<FromVmm>(&theirs).unwrap();
+        assert_eq!((heard, arrived.len()), (FromVmm::Reply { id: 1, reply }, 60));
+    }
 }

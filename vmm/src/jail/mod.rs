@@ -136,8 +136,8 @@ impl<T, E: Into<io::Error>> Doing<T> for Result<T, E> {
 /// Files of `/proc/self` that are needed when there is no `/proc` any more.
 #[derive(Debug)]
 pub struct ProcessFiles {
-    /// For `PAGEMAP_SCAN` and reading.
-    pub pagemap: File,
+    /// For `PAGEMAP_SCAN` and reading. A kernel may have none, and a host may forbid it.
+    pub pagemap: Option<File>,
     /// Read anew with `pread` at 0.
     pub status: File,
 }
@@ -145,7 +145,7 @@ pub struct ProcessFiles {
 impl ProcessFiles {
     /// Opens them for the calling process; a child has to open its own.
     pub fn open() -> io::Result<Self> {
-        Ok(Self { pagemap: File::open("/proc/self/pagemap")?, status: File::open("/proc/self/status")? })
+        Ok(Self { pagemap: File::open("/proc/self/pagemap").ok(), status: File::open("/proc/self/status")? })
     }
 }
 

@@ -109,9 +109,31 @@ struct Shared {
 }
 
 impl Shared {
+    /// The flag is cleared under the lock under which it is set. Otherwise a kick that comes twice could leave it set behind
+    /// a vCPU that has stopped already, which would stop again as soon as it is to run, and nobody would know.
     fn set_stopped(&self) {
-        *self.running.lock().unwrap_or_else(PoisonError::into_inner) = false;
+        let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        self.immediate_exit.flag().store(0, Ordering::SeqCst);
+        *running = false;
         self.stopped.notify_all();
+    }
+
+    /// Whether it is asked to stop; then it counts as stopped.
+    fn stop_if_asked(&self) -> bool {
+        // Looked at twice, since nearly every exit that is not asked for comes by here; asked under the lock, since it may be
+        // taken back.
+        let asked = || self.immediate_exit.flag().load(Ordering::SeqCst) != 0;
+        if !asked() {
+            return false;
+        }
+        let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        if !asked() {
+            return false;
+        }
+        self.immediate_exit.flag().store(0, Ordering::SeqCst);
+        *running = false;
+        self.stopped.notify_all();
+        true
     }
 }
 
@@ -206,10 +228,12 @@ impl Vcpu {
         answered.recv().map_err(|_| KvmError::ThreadGone)
     }
 
-    /// Lets it run.
+    /// Lets it run. One that was asked to stop, and has not yet, goes on.
     pub fn run(&self) -> Result<(), KvmError> {
         let mut running = self.shared.running.lock().unwrap_or_else(PoisonError::into_inner);
-        if !*running {
+        if *running {
+            self.shared.immediate_exit.flag().store(0, Ordering::SeqCst);
+        } else {
             self.orders.send(Order::Run).map_err(|_| KvmError::ThreadGone)?;
             *running = true;
         }
@@ -364,8 +388,7 @@ impl Thread {
             Err(error) => match error.errno() {
                 // The only way to `Waiting`: an entry that was refused. What the exit before it was for is finished by then.
                 libc::EINTR | libc::EAGAIN => {
-                    if self.shared.immediate_exit.flag().swap(0, Ordering::SeqCst) != 0 {
-                        self.shared.set_stopped();
+                    if self.shared.stop_if_asked() {
                         return Phase::Waiting;
                     }
                     None
@@ -380,7 +403,6 @@ impl Thread {
             None => Phase::Running,
             Some(how) => {
                 self.exits.stopped(self.shared.vcpu, how);
-                self.shared.immediate_exit.flag().store(0, Ordering::SeqCst);
                 self.shared.set_stopped();
                 Phase::Waiting
             }

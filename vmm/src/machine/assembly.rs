@@ -37,11 +37,12 @@ fn borrowed(event: &EventFd) -> BorrowedFd<'_> {
 
 /// See [`Machine::prepare`].
 pub fn assemble(shell: Shell) -> Result<Machine, MachineError> {
-    let Shell { kvm, memory, memory_bytes, memory_use, vcpus, disk_bytes, net, vsock, confine, process_files } = shell;
+    let Shell { kvm, memory, memory_bytes, memory_use, vcpus, disk_bytes, net, vsock, confine, mut process_files } = shell;
     if !(1..=16).contains(&vcpus) {
         return Err(MachineError::request(&format!("a machine has 1 to 16 vCPUs, not {vcpus}")));
     }
     let ram = Arc::new(GuestRam::map(memory, memory_bytes, memory_use).map_err(|error| MachineError::host("mapping guest memory", &error))?);
+    let dirty = ram.find_way(process_files.pagemap.take());
     let kvm_failed = |error: KvmError| MachineError::kvm("making the machine", &error);
     let vm = Arc::new(Vm::new(kvm, &ram).map_err(kvm_failed)?);
 
@@ -93,5 +94,5 @@ pub fn assemble(shell: Shell) -> Result<Machine, MachineError> {
     let ring = stopped.try_clone().map_err(|error| MachineError::host("making an event descriptor", &error))?;
     let bus = Arc::new(Bus::new(Console::new(line(layout::COM1_GSI)?), Power::new(line(layout::ACPI_GSI)?), virtio, ram.memory().clone(), stops, ring));
     let vcpus = (0..vcpus).map(|vcpu| Vcpu::new(&vm, vcpu, bus.clone(), &confine)).collect::<Result<Vec<_>, _>>().map_err(kvm_failed)?;
-    Ok(Machine { vcpus, bus, vm, ram, identities: Vec::new(), phase: Phase::Ready, disk_bytes, epoll, stops: heard, stopped, untold: None, process_files, counters })
+    Ok(Machine { vcpus, bus, vm, ram, identities: Vec::new(), phase: Phase::Ready, disk_bytes, epoll, stops: heard, stopped, untold: None, dirty, process_files, counters })
 }

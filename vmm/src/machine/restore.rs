@@ -27,6 +27,9 @@ use crate::{
     },
 };
 
+/// That of a vCPU, the longest that is decoded here, has some 20 KiB; with every tile register and CPUID leaf, 40.
+const MAX_SECTION: usize = 128 << 10;
+
 fn bad(error: &FormatError) -> MachineError {
     MachineError::new(Fault::Snapshot, "reading the device state", error)
 }
@@ -51,6 +54,10 @@ fn decode<T: DeserializeOwned>(section: &Section<'_>) -> Result<T, MachineError>
         return Err(bad(&section.not_understood()));
     }
     let damaged = || bad(&FormatError::Damaged(format!("its section {} is not well formed", snapshot::format::name(section.tag))));
+    // A byte may claim to be a whole structure of the kernel's, and its fields be zeros.
+    if section.content.len() > MAX_SECTION {
+        return Err(damaged());
+    }
     match postcard::take_from_bytes(section.content) {
         Ok((value, [])) => Ok(value),
         _ => Err(damaged()),

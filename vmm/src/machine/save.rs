@@ -90,7 +90,7 @@ pub fn save(machine: &mut Machine, state: &File, parts: SaveParts, cancelled: &m
             (None, None, false)
         }
         SaveParts::Difference { memory, image_memory, disk_map, merge_layers } => {
-            let written = difference::write(&machine.ram, &machine.process_files.pagemap, &image_memory, &memory, cancelled).map_err(|error| match error {
+            let written = difference::write(&machine.ram, &machine.dirty, &image_memory, &memory, cancelled).map_err(|error| match error {
                 WriteError::Cancelled => cancelled_error(),
                 other => MachineError::host("writing the memory difference", &other),
             })?;

@@ -13,7 +13,7 @@ use std::{
 use vm_memory::Bytes;
 use vmm_protocol::memdiff::{DiffError, Kind, Reader, Writer, Written};
 
-use crate::memory::{GuestRam, PAGE};
+use crate::memory::{GuestRam, PAGE, dirty::DirtyPages};
 
 /// A run of at least as many pages is mapped, a shorter one is copied. Mapping costs some 5 µs per run and then a fault per
 /// page that is touched; copying some 2.6 µs per page (vmm.md §2.8: 6.3 ms for 1402 runs; 19.8 ms for 30 MiB).
@@ -108,13 +108,13 @@ fn read_guest(memory: &GuestRam, mut offset: u64, mut bytes: &mut [u8]) -> io::R
     Ok(())
 }
 
-/// Writes what differs from `image` into `out`, an empty file, and syncs it. The guest is paused. `pagemap` is this process's
-/// `/proc/self/pagemap`; `cancelled` is asked before each piece of work of about a millisecond.
-pub fn write(memory: &GuestRam, pagemap: &File, image: &File, out: &File, cancelled: &mut dyn FnMut() -> bool) -> Result<Written, WriteError> {
+/// Writes what differs from `image` into `out`, an empty file, and syncs it. The guest is paused. `dirty` says how pages are found
+/// that may differ; `cancelled` is asked before each piece of work of about a millisecond.
+pub fn write(memory: &GuestRam, dirty: &DirtyPages, image: &File, out: &File, cancelled: &mut dyn FnMut() -> bool) -> Result<Written, WriteError> {
     if memory.memory_use() != vmm_protocol::control::MemoryUse::Private {
         return Err(WriteError::NotPrivate);
     }
-    let candidates = memory.candidates(pagemap).map_err(doing("reading the page tables"))?;
+    let candidates = memory.candidates(dirty).map_err(doing("reading the page tables"))?;
     let mut writer = Writer::new(BufWriter::with_capacity(1 << 20, out), memory.pages()).map_err(doing("writing the memory difference"))?;
     let (mut ours, mut theirs) = (vec![0; (CHUNK_PAGES * PAGE) as usize], vec![0; (CHUNK_PAGES * PAGE) as usize]);
     for range in candidates {

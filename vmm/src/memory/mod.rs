@@ -10,6 +10,7 @@
 //! Never makes a reference into guest memory: the guest may change it at any time. All access is volatile, or by the kernel.
 
 pub mod difference;
+pub mod dirty;
 
 use std::{
     fs::File,
@@ -25,6 +26,7 @@ use vm_memory::{
 };
 use vmm_protocol::control::MemoryUse;
 
+use self::dirty::DirtyPages;
 use crate::arch::layout;
 
 /// Bytes of a page.
@@ -75,23 +77,39 @@ const MAX_EDGES: u64 = 32 * 1024;
 #[derive(Debug, Default)]
 struct Overlaid {
     bits: Vec<u64>,
-    /// Pages whose bit differs from that of the page before: about as many mappings there are.
+    /// Those of them that are zero pages; the others come from a difference's file. What is discarded in the middle of the
+    /// latter cuts a mapping, too.
+    zeros: Vec<u64>,
+    /// Pages that come from something else than the page before: about as many mappings there are.
     edges: u64,
 }
 
 impl Overlaid {
-    fn get(&self, page: u64) -> bool {
-        self.bits.get((page / 64) as usize).is_some_and(|bits| bits >> (page % 64) & 1 == 1)
+    fn of(pages: u64) -> Self {
+        let words = pages.div_ceil(64) as usize;
+        Self { bits: vec![0; words], zeros: vec![0; words], edges: 0 }
+    }
+
+    /// Whether it is overlaid, and with zeros.
+    fn get(&self, page: u64) -> (bool, bool) {
+        let of = |bits: &[u64]| bits.get((page / 64) as usize).is_some_and(|bits| bits >> (page % 64) & 1 == 1);
+        (of(&self.bits), of(&self.zeros))
     }
 
     fn edges(&self, pages: std::ops::RangeInclusive<u64>) -> u64 {
-        pages.filter(|page| self.get(*page) != page.checked_sub(1).is_some_and(|before| self.get(before))).count() as u64
+        pages.filter(|page| self.get(*page) != page.checked_sub(1).map_or((false, false), |before| self.get(before))).count() as u64
     }
 
-    fn set(&mut self, first: u64, pages: u64) {
+    fn set(&mut self, first: u64, pages: u64, zeros: bool) {
         let before = self.edges(first..=first + pages);
         for page in first..first + pages {
-            self.bits[(page / 64) as usize] |= 1 << (page % 64);
+            let (word, bit) = ((page / 64) as usize, 1 << (page % 64));
+            self.bits[word] |= bit;
+            if zeros {
+                self.zeros[word] |= bit;
+            } else {
+                self.zeros[word] &= !bit;
+            }
         }
         self.edges = self.edges + self.edges(first..=first + pages) - before;
     }
@@ -143,7 +161,7 @@ impl GuestRam {
             // SAFETY: the range is one whole mapping of ours.
             unsafe { libc::madvise(piece.host as *mut libc::c_void, piece.bytes as usize, libc::MADV_DONTDUMP) };
         }
-        let overlaid = Overlaid { bits: vec![0; (bytes / PAGE).div_ceil(64) as usize], edges: 0 };
+        let overlaid = Overlaid::of(bytes / PAGE);
         Ok(Self { memory: Arc::new(memory), pieces, bytes, memory_use, file, overlaid: Mutex::new(overlaid) })
     }
 
@@ -227,7 +245,7 @@ impl GuestRam {
             }
             // SAFETY: as in `map`.
             unsafe { libc::madvise(mapped, length as usize, libc::MADV_DONTDUMP) };
-            self.overlaid.lock().unwrap_or_else(PoisonError::into_inner).set(at / PAGE, length / PAGE);
+            self.overlaid.lock().unwrap_or_else(PoisonError::into_inner).set(at / PAGE, length / PAGE, from.is_none());
             at += length;
             file_at += length;
             left -= length;
@@ -265,12 +283,24 @@ impl GuestRam {
         }
     }
 
+    /// Finds out how this process can learn which pages its guest has written.
+    pub fn find_way(&self, pagemap: Option<File>) -> DirtyPages {
+        match self.memory_use {
+            MemoryUse::Private => DirtyPages::find_way(pagemap, &self.file),
+            // No difference is ever written.
+            MemoryUse::Shared => DirtyPages::CompareAll,
+        }
+    }
+
     /// Pages that may differ from the memory file: those of this process alone, and those that come from elsewhere.
-    pub(crate) fn candidates(&self, pagemap: &File) -> io::Result<Vec<std::ops::Range<u64>>> {
+    pub(crate) fn candidates(&self, dirty: &DirtyPages) -> io::Result<Vec<std::ops::Range<u64>>> {
+        let DirtyPages::PageTables { way, pagemap } = dirty else {
+            return Ok(std::iter::once(0..self.pages()).collect());
+        };
         let mut bits = self.overlaid.lock().unwrap_or_else(PoisonError::into_inner).bits.clone();
         for piece in &self.pieces {
             let first = piece.offset / PAGE;
-            for pages in vmm_protocol::pagemap::private_pages(pagemap, &(piece.host..piece.host + piece.bytes))? {
+            for pages in vmm_protocol::pagemap::private_pages_by(*way, pagemap, &(piece.host..piece.host + piece.bytes))? {
                 for page in pages {
                     let page = first + page;
                     bits[(page / 64) as usize] |= 1 << (page % 64);

@@ -28,6 +28,19 @@ fn a_stream_goes_on_in_another_process() {
 }
 
 #[test]
+fn what_many_slow_clients_have_not_taken_can_be_loaded_again() {
+    let mut world = World::running();
+    let clients: Vec<_> = (0..24).map(|_| world.connect(1024)).collect();
+    for (_, key) in &clients {
+        world.guest.sockets.get_mut(key).unwrap().to_send.extend(patterned(1, 0..1 << 20));
+    }
+    world.settle();
+    let (_, state, _) = world.fall_asleep();
+    assert!(state.len() > 5 << 20, "{} bytes show nothing", state.len());
+    assert!(state.len() + 4096 < crate::transport::MAX_STATE_BYTES);
+}
+
+#[test]
 fn a_suspend_that_is_taken_back_changes_nothing() {
     let mut world = World::running();
     let (mut client, key) = world.connect(1024);
@@ -86,6 +99,28 @@ fn lost_streams_are_reset_each_by_itself() {
     assert_eq!(world.guest.resets_heard, [lost_key, kept_key]);
     assert_eq!(world.device.muxer.connections().count(), 0);
     world.connect(1024);
+}
+
+#[test]
+fn of_a_hundred_streams_those_that_are_handed_over_go_on_and_the_rest_is_reset() {
+    let mut world = World::running();
+    let mut clients: Vec<_> = (0..100).map(|_| world.connect(1024)).collect();
+    let first_lost = clients[60].1.1;
+    world.park(|stream| stream.host_port < first_lost);
+    world.settle();
+    assert_eq!(world.guest.resets_heard, clients[60..].iter().map(|(_, key)| *key).collect::<Vec<_>>());
+    assert_eq!(world.device.muxer.connections().count(), 60);
+    for (client, _) in &mut clients[..60] {
+        client.write_all(b"still here");
+    }
+    world.settle();
+    for (_, key) in &clients[..60] {
+        assert_eq!(world.guest.sockets[key].received, b"still here");
+    }
+    for (client, _) in &mut clients[60..] {
+        client.read_all();
+        assert!(client.ended);
+    }
 }
 
 #[test]

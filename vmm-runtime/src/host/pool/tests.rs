@@ -12,7 +12,14 @@ use crate::{
 };
 
 /// Processes that only sleep.
-struct Fake;
+#[derive(Default)]
+struct Fake {
+    /// How many were connected to.
+    connected: std::sync::atomic::AtomicUsize,
+}
+
+/// Checksum of an image whose second process cannot be connected to.
+const ONE_WORKS: u32 = 77;
 
 fn fingerprint() -> Fingerprint {
     Fingerprint { engine: "fake".into(), vmm: "1".into(), machine: "a".into(), cpu: "b".into() }
@@ -30,11 +37,20 @@ impl Backend for Fake {
     fn program(&self) -> (&Path, &'static str) {
         (Path::new("sleep"), "it is everywhere")
     }
-    fn arguments(&self, _: &Path, _: &Role) -> Vec<String> {
+    const JOINS_CGROUP: bool = false;
+    const OTHER_TASKS: u32 = 1;
+    fn overhead_bytes(&self, _: Shape) -> u64 {
+        16 << 20
+    }
+    fn arguments(&self, _: &Path, _: &Role, _: Option<&Path>) -> Vec<String> {
         vec!["60".to_owned()]
     }
-    async fn connect(&self, _: &Process, _: &Role) -> Result<(), EngineError> {
-        Ok(())
+    async fn connect(&self, _: &Process, role: &Role) -> Result<(), EngineError> {
+        let before = self.connected.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+        match role {
+            Role::Clone(image) if image.crc32 == ONE_WORKS && before > 0 => Err(EngineError::Host { what: "no more".to_owned() }),
+            _ => Ok(()),
+        }
     }
     async fn reconnect(&self, _: &Process, _: &Image) -> Result<(), EngineError> {
         unimplemented!()
@@ -78,7 +94,7 @@ fn engine(run_dir: &Path, pool: PoolConfig) -> ProcessEngine<Fake> {
         pool,
         limits: Limits::default(),
     };
-    ProcessEngine::over(Fake, config).unwrap()
+    ProcessEngine::over(Fake::default(), config).unwrap()
 }
 
 fn image(dir: &str, crc32: u32) -> Arc<Image> {
@@ -129,6 +145,18 @@ async fn a_process_serves_the_image_that_it_was_started_for_and_no_later_one() {
     ready.end(&engine.shared).await;
     pool.close().await;
     assert!(pool.dirs().is_empty() && run_dir.path().read_dir().unwrap().next().is_none());
+}
+
+#[tokio::test]
+async fn a_process_that_cannot_be_made_ready_leaves_no_other_behind() {
+    let run_dir = tempfile::tempdir().unwrap();
+    let engine = engine(run_dir.path(), PoolConfig { per_image: 2, total: 4 });
+    let pool = &engine.shared.pool;
+    pool.refill(&image("/image", ONE_WORKS));
+    until(pool, |_| engine.shared.backend.connected.load(std::sync::atomic::Ordering::SeqCst) == 2).await;
+    until(pool, |dirs| dirs.is_empty()).await;
+    let _refilled = pool.refilling.lock().await;
+    assert!(run_dir.path().read_dir().unwrap().next().is_none());
 }
 
 #[tokio::test]

@@ -2,7 +2,7 @@ use std::collections::BTreeMap;
 
 use proptest::prelude::*;
 use vm_memory::GuestAddress;
-use vmm_protocol::control::MemoryUse;
+use vmm_protocol::{control::MemoryUse, pagemap::Way};
 
 use super::*;
 
@@ -31,6 +31,19 @@ fn pagemap() -> File {
     File::open("/proc/self/pagemap").unwrap()
 }
 
+fn page_tables(way: Way) -> DirtyPages {
+    DirtyPages::PageTables { way, pagemap: pagemap() }
+}
+
+/// All ways that this kernel has; Linux before 6.7 has no scan.
+fn ways(image: &File) -> Vec<DirtyPages> {
+    let scans = vmm_protocol::pagemap::private_pages_by(Way::Scan, &pagemap(), &(0..PAGE)).is_ok();
+    let found = clone_of(image).find_way(Some(pagemap()));
+    let best = if scans { Way::Scan } else { Way::Read };
+    assert!(matches!(&found, DirtyPages::PageTables { way, .. } if *way == best), "{found:?}");
+    [found, page_tables(Way::Read), DirtyPages::CompareAll].into()
+}
+
 fn content(memory: &GuestRam) -> Vec<u8> {
     let mut bytes = vec![0; BYTES as usize];
     read_guest(memory, 0, &mut bytes).unwrap();
@@ -38,10 +51,23 @@ fn content(memory: &GuestRam) -> Vec<u8> {
 }
 
 fn save(memory: &GuestRam, image: &File) -> (File, Written) {
+    save_by(&page_tables(Way::Read), memory, image)
+}
+
+fn save_by(dirty: &DirtyPages, memory: &GuestRam, image: &File) -> (File, Written) {
     let out = tempfile::tempfile().unwrap();
-    let written = write(memory, &pagemap(), image, &out, &mut || false).unwrap();
+    let written = write(memory, dirty, image, &out, &mut || false).unwrap();
     (out, written)
 }
+
+fn whole(file: &File) -> Vec<u8> {
+    let mut bytes = vec![0; file.metadata().unwrap().len() as usize];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    bytes
+}
+
+/// Two tests that use half of a process's mappings each are not run at the same time.
+static MAPPINGS: std::sync::Mutex<()> = std::sync::Mutex::new(());
 
 /// What a guest or the balloon does to pages.
 #[derive(Debug, Clone)]
@@ -91,8 +117,12 @@ proptest! {
             }
             prop_assert!(content(&memory) == expected);
         }
-        // And the difference says exactly which pages are not the image's.
+        // Whichever way the written pages are found, the file is the same.
         let (difference, _) = save(&memory, &image);
+        for way in ways(&image) {
+            prop_assert!(whole(&save_by(&way, &memory, &image).0) == whole(&difference), "{:?}", way);
+        }
+        // And the difference says exactly which pages are not the image's.
         let mut theirs = vec![0; BYTES as usize];
         image.read_exact_at(&mut theirs, 0).unwrap();
         let unequal: Vec<u64> = (0..PAGES).filter(|page| {
@@ -135,6 +165,27 @@ fn pages_that_still_come_from_the_file_before_are_carried_over() {
     assert!(content(&last) == content(&again));
 }
 
+/// Every second page of a long run that is mapped from the difference: each discard cuts a mapping in three.
+#[test]
+fn a_guest_cannot_cut_its_memory_into_more_mappings_than_a_process_may_have() {
+    let _alone = MAPPINGS.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    const BYTES: u64 = 320 << 20;
+    let image = file(&[], BYTES);
+    let map = || GuestRam::map(image.try_clone().unwrap(), BYTES, MemoryUse::Private).unwrap();
+    let memory = map();
+    for at in (0..BYTES).step_by(1 << 20) {
+        write_guest(&memory, at, &[7; 1 << 20]).unwrap();
+    }
+    let (difference, _) = save(&memory, &image);
+    drop(memory);
+    let memory = map();
+    lay_over(&memory, &difference).unwrap();
+    let refused = (0..BYTES / PAGE / 2).find_map(|page| memory.discard(page * 2 * PAGE, PAGE).err());
+    assert!(refused.is_some_and(|error| error.to_string().contains("too many pieces")));
+    let mappings = std::fs::read_to_string("/proc/self/maps").unwrap().lines().count();
+    assert!(mappings < 40_000, "{mappings}");
+}
+
 #[test]
 fn a_damaged_difference_is_noticed_wherever_the_damage_is() {
     let image = image();
@@ -160,7 +211,7 @@ fn a_cancelled_save_says_so_and_the_guest_has_its_memory_still() {
     let before = content(&memory);
     let mut asked = 0;
     let out = tempfile::tempfile().unwrap();
-    let error = write(&memory, &pagemap(), &image, &out, &mut || {
+    let error = write(&memory, &page_tables(Way::Read), &image, &out, &mut || {
         asked += 1;
         asked > 2
     })
@@ -209,6 +260,7 @@ fn what_a_booting_guest_discards_is_a_hole_in_its_file() {
 
 #[test]
 fn a_guest_that_gives_back_every_second_page_cannot_use_up_the_mappings() {
+    let _alone = MAPPINGS.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let bytes = 512 << 20;
     let image = file(&[], bytes);
     let memory = GuestRam::map(image, bytes, MemoryUse::Private).unwrap();
@@ -220,4 +272,19 @@ fn a_guest_that_gives_back_every_second_page_cannot_use_up_the_mappings() {
     assert_eq!(memory.overlaid.lock().unwrap().edges, before - 2);
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap().lines().count();
     assert!(maps < 40_000, "{maps}");
+}
+
+#[test]
+fn a_way_that_overlooks_a_written_page_is_not_used() {
+    let image = image();
+    let memory = clone_of(&image);
+    // As long as a pagemap is for any address of a process, and without a word about any page.
+    let silent = file(&[], 1 << 38);
+    for pagemap in [None, Some(silent), Some(file(&[], 8))] {
+        let way = memory.find_way(pagemap);
+        assert!(matches!(way, DirtyPages::CompareAll), "{way:?}");
+    }
+    write_guest(&memory, 3 * PAGE, &[9; 4096]).unwrap();
+    let (_, written) = save_by(&DirtyPages::CompareAll, &memory, &image);
+    assert_eq!(written.data_pages, 1);
 }
