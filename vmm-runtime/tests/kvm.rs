@@ -65,6 +65,7 @@ async fn bench() -> Option<GuestBench<Kvm>> {
 async fn the_kvm_engine_conforms() {
     let Some(bench) = bench().await else { return };
     bench.conforms().await;
+    no_cgroup_is_left();
 }
 
 /// Of one image, whose build is most of the time that this takes on emulated hardware.
@@ -85,6 +86,16 @@ async fn microvms_keep_their_streams_and_have_limits_users_and_networks_of_their
     the_connection_to_the_agent_survives_a_sleep_and_a_dead_vmm_costs_nothing_that_was_saved(&bench, &engine).await;
     each_microvm_has_limits_a_user_and_a_network_of_its_own(&bench, &engine).await;
     engine.close().await;
+    bench.leaves_nothing().await;
+    no_cgroup_is_left();
+}
+
+/// Of all processes that there were.
+fn no_cgroup_is_left() {
+    if complete() {
+        let left: Vec<_> = fs::read_dir("/sys/fs/cgroup/dormouse").unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_dir()).collect();
+        assert!(left.is_empty(), "{left:?}");
+    }
 }
 
 /// Whether the host is known to have all that the jail can use.

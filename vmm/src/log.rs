@@ -15,6 +15,8 @@ use tracing::{
 
 /// Bytes that one process may log in its life; about ten thousand lines, a thousand times what a quiet one says.
 const CEILING_BYTES: usize = 1 << 20;
+/// Beyond that ceiling there is room for what a process says of its own end: a guest that has filled the log must not hide it.
+const LAST_WORDS_BYTES: usize = 16 << 10;
 /// A line is cut here.
 const MAX_LINE_BYTES: usize = 2048;
 
@@ -28,13 +30,16 @@ pub fn to_stderr() {
 
 /// Writes one line, without `tracing`: for a process that is about to end, and for the panic hook.
 pub fn line(text: &str) {
+    write(text, CEILING_BYTES + LAST_WORDS_BYTES);
+}
+
+fn write(text: &str, ceiling: usize) {
     let mut line: String = text.chars().take(MAX_LINE_BYTES).map(|c| if c.is_control() { ' ' } else { c }).collect();
     line.push('\n');
-    let before = WRITTEN.fetch_add(line.len(), Ordering::Relaxed);
-    if before >= CEILING_BYTES {
-        return;
-    }
-    if before + line.len() >= CEILING_BYTES {
+    // Only what is written counts, so that refused lines do not use up the room for others.
+    let counted = WRITTEN.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |before| (before < ceiling).then_some(before + line.len()));
+    let Ok(before) = counted else { return };
+    if before + line.len() >= ceiling {
         "the log has reached its ceiling; nothing more is logged\n".clone_into(&mut line);
     }
     // SAFETY: the pointer and the length are those of `line`, which lives during the call. One write keeps lines whole. If it
@@ -61,7 +66,7 @@ impl Subscriber for Lines {
     fn event(&self, event: &Event<'_>) {
         let mut text = Text(event.metadata().level().as_str().to_ascii_lowercase());
         event.record(&mut text);
-        line(&text.0);
+        write(&text.0, CEILING_BYTES);
     }
 
     fn enter(&self, _: &span::Id) {}
@@ -88,5 +93,25 @@ impl Text {
             "message" => write!(self.0, ": {value}"),
             name => write!(self.0, " {name}={value}"),
         };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Standard error is not looked at: what counts is counted.
+    #[test]
+    fn a_full_log_has_room_for_the_end() {
+        WRITTEN.store(CEILING_BYTES, Ordering::Relaxed);
+        write("a guest's noise", CEILING_BYTES);
+        assert_eq!(WRITTEN.load(Ordering::Relaxed), CEILING_BYTES);
+        line("the end");
+        assert_eq!(WRITTEN.load(Ordering::Relaxed), CEILING_BYTES + "the end\n".len());
+        for _ in 0..LAST_WORDS_BYTES / 1024 {
+            line(&"x".repeat(MAX_LINE_BYTES));
+        }
+        assert!(WRITTEN.load(Ordering::Relaxed) < CEILING_BYTES + LAST_WORDS_BYTES + MAX_LINE_BYTES);
+        WRITTEN.store(0, Ordering::Relaxed);
     }
 }

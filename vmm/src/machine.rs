@@ -348,8 +348,9 @@ impl Machine {
         }
         if let Err(error) = self.stop_all() {
             // A vCPU hangs in a device (whose file, most likely, is on a disk that hangs). Those that have stopped must not be
-            // left so, since the guest counts as running; and the one that hangs goes on when it can.
-            for vcpu in &self.vcpus {
+            // left so, since the guest counts as running; and the one that hangs goes on when it can. Unless the guest has ended.
+            self.look_for_end();
+            for vcpu in self.vcpus.iter().filter(|_| self.phase == Phase::Running) {
                 vcpu.run().map_err(|error| MachineError::kvm("running a vCPU", &error))?;
             }
             return Err(error);

@@ -133,7 +133,7 @@ impl<B: Backend> ProcessEngine<B> {
                 Some(cgroups)
             }
             Err(why) => {
-                tracing::warn!(%why, "VMM processes have no limit on memory and tasks: no cgroup v2 with these controllers can be used here");
+                tracing::warn!(%why, "VMM processes have no limit on memory and tasks: no cgroup v2 with these controllers can be used here (under systemd: Delegate=yes)");
                 None
             }
         };

@@ -5,8 +5,9 @@
 //!    └────────┴──────────┴──────────────┴──────────────────┴───────────────┘ cancelled or failed: undone, it runs on
 //! ```
 
-use std::{io, sync::Arc};
+use std::{io, path::Path, sync::Arc};
 
+use model::Generation;
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -17,7 +18,7 @@ use super::{
 use crate::{
     engine::{EngineError, Phases, SnapshotRecord, SuspendOutcome},
     snapshot::{
-        atomic::Staging,
+        atomic::{self, Staging},
         manifest::{self, FORMAT, MicrovmManifest},
     },
 };
@@ -118,7 +119,13 @@ async fn write<B: Backend>(core: &Arc<Core<B>>, cancel: &CancellationToken, watc
         layers: sealed,
     };
     let to = snapshots::generation_dir(&core.dir, *generation);
+    // The microVM's directory is as old as the microVM, and nobody has made its name durable. Before its first commit somebody
+    // must: a snapshot in a directory that is not found is none.
+    let named_in = if *generation == Generation(0) { core.dir.parent().filter(|parent| !parent.as_os_str().is_empty()).map(Path::to_owned) } else { None };
     blocking(move || -> io::Result<()> {
+        if let Some(parent) = named_in {
+            atomic::sync_dir(&parent)?;
+        }
         staging.write(manifest::FILE, &manifest::encode(&manifest).0)?;
         staging.commit(&to)
     })

@@ -10,6 +10,7 @@ use std::{
     path::{Path, PathBuf},
     process::Command,
     sync::Arc,
+    time::{Duration, Instant},
 };
 
 use async_trait::async_trait;
@@ -150,6 +151,18 @@ impl<S: Start> GuestBench<S> {
         conformance::run_all(&self).await;
         let left = Process::find_all(&self.run_dir()).unwrap();
         assert!(left.is_empty(), "processes were left behind: {left:?}");
+        self.leaves_nothing().await;
+    }
+
+    /// The next start finds nothing that it could not clear away.
+    pub async fn leaves_nothing(&self) {
+        self.start().await.sweep(&[]).await.unwrap();
+        // Where a process has a cgroup, that goes first, and not before the kernel is done with it.
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while let Some(left) = fs::read_dir(self.run_dir()).unwrap().next() {
+            assert!(Instant::now() < deadline, "{left:?} stays");
+            tokio::task::yield_now().await;
+        }
     }
 
     /// Ends every process of the bench, also when a check has panicked.

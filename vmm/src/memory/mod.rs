@@ -111,7 +111,9 @@ impl Overlaid {
                 self.zeros[word] &= !bit;
             }
         }
-        self.edges = self.edges + self.edges(first..=first + pages) - before;
+        // Within, there is none any more.
+        let end = first + pages;
+        self.edges = self.edges + self.edges(first..=first) + self.edges(end..=end) - before;
     }
 }
 

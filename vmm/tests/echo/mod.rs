@@ -4,8 +4,8 @@
 //!
 //! Never more than one connection: a REQUEST for port 1024 takes the place of what was there, one for another port is
 //! refused. What happens is said on the serial console, a letter each: `+` the queues are set up, `C` connected, `R` reset by
-//! the host, `S` shut down by the host (answered by RST; bytes on the way are lost), `!` the host has sent more than it was
-//! allowed to, and the guest does nothing any more.
+//! the host, `S` shut down by the host (answered by RST; bytes on the way are lost), `!` the host's credit is wrong: it has sent
+//! more than it was allowed to, or has passed on more than it was sent. The guest does nothing any more then.
 //!
 //! ```text
 //! 20_0000 rx: descriptors, +100 available, +200 used     20_0300 tx: the same
@@ -107,6 +107,12 @@ global_asm!(
     "    mov [ebp + 36], ecx",
     "    cmp eax, 3",
     "    je echo_reset",
+    // What the host says it has passed on cannot be more than it was sent, nor what is left more than it has room for.
+    "    mov ecx, [ebp + 24]",
+    "    add ecx, [ebp + 8]",
+    "    sub ecx, [ebp + 36]",
+    "    cmp ecx, [ebp + 32]",
+    "    ja echo_broken",
     "    cmp eax, 4",
     "    je echo_shutdown",
     "    cmp eax, 5",
