@@ -32,7 +32,7 @@ fn seal(file: &mut [u8]) {
         at += 16 + length;
     }
     let crc = crc32fast::hash(&file[..end]);
-    file[end..].copy_from_slice(&crc.to_le_bytes());
+    file[end..].copy_from_slice(&crc.to_be_bytes());
 }
 
 /// As the machine takes a section: all of it, or nothing. What was understood is written and understood again.

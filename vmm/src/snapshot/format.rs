@@ -3,14 +3,14 @@
 //! ```text
 //! 0   "dormstat", version of the form u32, number of sections u32
 //! 16  tag u32, version of the section u16, flags u16, length u32, CRC-32 of the content u32, content; and so on
-//! …   CRC-32 of everything before it
+//! …   CRC-32 of everything before it, the most significant byte first
 //! ```
-//! Numbers are little-endian. The file is exactly as long as its sections. It is semi-trusted: the node wrote it, but disks
+//! All other numbers are little-endian. The file is exactly as long as its sections. It is semi-trusted: the node wrote it, but disks
 //! rot and operators copy files; so every length is checked before it is believed, and nothing is allocated beyond what the
 //! file's own, capped, length allows.
 
 const MAGIC: &[u8; 8] = b"dormstat";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const HEADER: usize = 16;
 const SECTION_HEADER: usize = 16;
 const TRAILER: usize = 4;
@@ -59,6 +59,13 @@ pub fn name(tag: u32) -> String {
     tag.to_le_bytes().iter().map(|byte| if byte.is_ascii_graphic() { char::from(*byte).to_string() } else { format!("{byte}") }).collect()
 }
 
+/// The checksum of all of a file, for its end. The most significant byte first, unlike every other number in it: the CRC-32
+/// of anything followed by its own CRC-32 in the usual order is the same number for all files, and what names this file in a
+/// manifest is the CRC-32 of it.
+fn seal(body: &[u8]) -> [u8; TRAILER] {
+    crc32fast::hash(body).to_be_bytes()
+}
+
 /// Puts a file together.
 #[derive(Debug, Default)]
 pub struct Writer {
@@ -94,7 +101,7 @@ impl Writer {
         file.extend(VERSION.to_le_bytes());
         file.extend(self.count.to_le_bytes());
         file.extend(self.sections);
-        file.extend(crc32fast::hash(&file).to_le_bytes());
+        file.extend(seal(&file));
         file
     }
 }
@@ -142,7 +149,7 @@ impl<'a> Sections<'a> {
             return Err(FormatError::OtherForm { found: form });
         }
         let (body, trailer) = file.split_at(file.len() - TRAILER);
-        if crc32fast::hash(body) != u32_at(trailer, 0) {
+        if seal(body) != trailer {
             return Err(damaged("its checksum is wrong"));
         }
         let count = u32_at(file, 12);
@@ -208,8 +215,15 @@ mod tests {
 
     /// A file whose checksum is right whatever its body says.
     fn sealed(mut body: Vec<u8>) -> Vec<u8> {
-        body.extend(crc32fast::hash(&body).to_le_bytes());
+        body.extend(seal(&body));
         body
+    }
+
+    /// A manifest tells files apart by the CRC-32 of the whole.
+    #[test]
+    fn files_that_differ_have_checksums_that_differ() {
+        let sums: std::collections::HashSet<u32> = (0..100u8).map(|byte| crc32fast::hash(&file(&[(1, 1, vec![byte; 50])]))).collect();
+        assert_eq!(sums.len(), 100);
     }
 
     #[test]
