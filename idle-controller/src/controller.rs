@@ -231,7 +231,13 @@ impl Controller {
         let metrics = Metrics::register(metrics).map_err(|error| failed("registering the controller's metrics", error))?;
         let microvms = config.dir.join("microvms");
         let made = microvms.clone();
-        blocking_io(move || std::fs::create_dir_all(made)).await.map_err(|error| failed(format!("making {}", microvms.display()), error))?;
+        let data_dir = config.dir.clone();
+        let make = move || {
+            std::fs::create_dir_all(made)?;
+            // A snapshot is durable only if the names on the way to it are.
+            std::fs::File::open(data_dir)?.sync_all()
+        };
+        blocking_io(make).await.map_err(|error| failed(format!("making {}", microvms.display()), error))?;
         let Opened { store, records, fresh } = Store::open(config.dir.join("registry.redb")).await?;
 
         let node = Arc::new(Node {

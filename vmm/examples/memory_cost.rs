@@ -111,7 +111,7 @@ fn main() {
         });
         print("  writing the file without a sync", || (file(&dir), vec![7_u8; 1 << 20]), |(out, bytes)| {
             let mut out = BufWriter::with_capacity(1 << 20, out);
-            for _ in 0..DIRTY_PAGES * PAGE >> 20 {
+            for _ in 0..(DIRTY_PAGES * PAGE) >> 20 {
                 std::io::Write::write_all(&mut out, bytes).expect("there is room");
             }
         });

@@ -68,7 +68,11 @@ impl Rig {
     pub fn turn(&mut self, timeout: Duration) -> usize {
         let mut events = Vec::with_capacity(16);
         let timeout = Timespec::try_from(timeout).unwrap();
-        epoll::wait(&self.epoll, spare_capacity(&mut events), Some(&timeout)).unwrap();
+        match epoll::wait(&self.epoll, spare_capacity(&mut events), Some(&timeout)) {
+            // A signal, such as a fuzzer's alarm.
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => panic!("{error}"),
+        }
         for event in &events {
             if event.data.u64() == LINE {
                 // The interrupt handler runs.
