@@ -106,10 +106,29 @@ fn the_kvm_engine_conforms_on_emulated_hardware() {
     // The outer guest boots the same kernel with the same modules, and another init.
     let init = static_program("tests/nested/init.rs", &work.path().join("init"));
     let outer = guest_kit::assemble(&kernel_dir(), &init, &work.path().join("outer")).unwrap();
-    let disk = work.path().join("outer.ext4");
-    outer_disk(&work.path().join("tree"), work.path(), &kit, &[(&test, "conformance"), (&built("dormouse-vmm"), "dormouse-vmm")], &disk);
-    let code = run(&outer, &disk);
+    let mut code = String::new();
+    for attempt in ["first", "second"] {
+        let place = work.path().join(attempt);
+        fs::create_dir(&place).unwrap();
+        let disk = place.join("outer.ext4");
+        outer_disk(&place.join("tree"), &place, &kit, &[(&test, "conformance"), (&built("dormouse-vmm"), "dormouse-vmm")], &disk);
+        let ended = run(&outer, &disk);
+        code = ended.code;
+        let Some(sign) = ended.emulator_fault.filter(|_| code != "0") else { break };
+        let _ = std::io::Write::write_fmt(&mut std::io::stderr(), format_args!("ATTENTION: the {attempt} run on emulated hardware failed with a {sign:?}, see EMULATOR_FAULTS in vmm-runtime/tests/nested.rs\n"));
+    }
     assert_eq!(code, "0", "the kvm engine does not conform; what it said stands above");
+}
+
+/// What was seen of guests and the outer kernel about once in two hundred restores on QEMU 7.2's emulated SVM, with XSAVE on
+/// and crowded cores, and never in the same place twice. That it is the emulator's fault is likely and not proven, so a run that
+/// fails with one of these signs is told loudly and done once more; a run that fails otherwise has failed.
+const EMULATOR_FAULTS: [&str; 2] = ["triple fault", "soft lockup"];
+
+/// How an outer guest ended.
+struct Ended {
+    code: String,
+    emulator_fault: Option<&'static str>,
 }
 
 fn outer_disk(tree: &Path, work: &Path, kit: &guest_kit::GuestKit, programs: &[(&PathBuf, &str)], disk: &Path) {
@@ -131,18 +150,19 @@ fn outer_disk(tree: &Path, work: &Path, kit: &guest_kit::GuestKit, programs: &[(
     make_file_system(tree, disk);
 }
 
-/// Runs the outer guest, repeating what it says, and returns its code.
-fn run(kit: &guest_kit::GuestKit, disk: &Path) -> String {
+/// Runs the outer guest, repeating what it says.
+fn run(kit: &guest_kit::GuestKit, disk: &Path) -> Ended {
     // With audit, which system call a filter of the jail forbade.
     let mut append = "console=ttyS0 quiet loglevel=6 audit=1 panic=-1 no_timer_check random.trust_cpu=on tsc=reliable mitigations=off".to_owned();
     // The kernel puts what it does not know into the environment of init.
-    for variable in ["CONFORMANCE_ONLY", "NESTED_TEST"] {
+    for variable in ["CONFORMANCE_ONLY", "CONFORMANCE_TIMES", "NESTED_TEST"] {
         if let Ok(value) = env::var(variable) {
             append += &format!(" {variable}={value}");
         }
     }
+    // Without XSAVE: TCG does not tell a hypervisor of XSETBV, so KVM would save and restore an XCR0 that is not the guest's.
     let child = Command::new("qemu-system-x86_64")
-        .args(["-accel", "tcg", "-cpu", "EPYC,+svm,+npt", "-m", "3072", "-smp", "2", "-nographic", "-no-reboot", "-nic", "none"])
+        .args(["-accel", "tcg", "-cpu", "EPYC,+svm,+npt,-xsave", "-m", "3072", "-smp", "2", "-nographic", "-no-reboot", "-nic", "none"])
         .arg("-kernel")
         .arg(&kit.kernel)
         .arg("-initrd")
@@ -167,12 +187,14 @@ fn run(kit: &guest_kit::GuestKit, disk: &Path) -> String {
         }
     });
     let begun = Instant::now();
+    let mut emulator_fault = None;
     loop {
         match heard.recv_timeout(LIMIT.saturating_sub(begun.elapsed())) {
             Ok(line) => {
                 println!("[{:6.1}] {line}", begun.elapsed().as_secs_f64());
+                emulator_fault = emulator_fault.or(EMULATOR_FAULTS.into_iter().find(|sign| line.contains(sign)));
                 if let Some(code) = line.strip_prefix(EXIT_LINE) {
-                    return code.to_owned();
+                    return Ended { code: code.to_owned(), emulator_fault };
                 }
             }
             Err(mpsc::RecvTimeoutError::Timeout) => panic!("the outer guest did not finish within {LIMIT:?}"),
