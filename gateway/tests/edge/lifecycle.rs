@@ -2,7 +2,7 @@
 
 use std::{sync::atomic::Ordering, time::Duration};
 
-use model::{IdlePolicy, MicrovmState, PortScope};
+use model::{Generation, IdlePolicy, MicrovmState, PortScope};
 use tokio::io::AsyncWriteExt as _;
 use vmm_runtime::{engine::EngineError, loopback::SuspendStep};
 
@@ -173,7 +173,9 @@ async fn a_microvm_that_falls_asleep_between_wake_and_dial_is_woken_again() {
     let (mut h1, request) = (rig.h1().await, request("POST", &vm.host, "/", &[("x-aws-proxy-auth", &token)], full("once")));
     let answer = tokio::spawn(async move { h1.send(request).await });
     within("the dial", hold.arrived(1)).await;
-    rig.suspend(&vm).await;
+    within("the suspend to be taken", vm.handle.suspend()).await.unwrap();
+    // It sleeps, and wakes for the answer that it owes.
+    within("the wake", vm.handle.wait_until(|view| view.generation == Generation(1) && view.state == MicrovmState::Running)).await;
     hold.release();
     let answer = answer.await.unwrap();
     assert_eq!(answer.status, 200);
