@@ -3,7 +3,8 @@
 use std::{path::{Path, PathBuf}, process::Command};
 
 use config::{Config, EngineKind};
-use vmm_runtime::kvm::Probe;
+use model::chain;
+use vmm_runtime::kvm::{self, Probe};
 
 /// One finding.
 struct Finding {
@@ -13,7 +14,7 @@ struct Finding {
 }
 
 /// Prints the findings; returns whether a node can run here.
-pub fn run(config: &Config) -> bool {
+pub async fn run(config: &Config) -> bool {
     let findings = [
         program(&config.engine.qemu, "apt-get install qemu-system-x86", &["--version"]),
         program(Path::new("qemu-img"), "apt-get install qemu-utils", &["--version"]),
@@ -31,7 +32,7 @@ pub fn run(config: &Config) -> bool {
             Some(mend) => println!("MISSING  {}\n         {mend}", finding.what),
         }
     }
-    println!("engine   {}", choose(config).why);
+    println!("engine   {}", choose(config).await.why);
     findings.iter().all(|finding| finding.mend.is_none())
 }
 
@@ -54,7 +55,7 @@ pub struct Choice {
 
 /// Chooses as the configuration asks. A `/dev/kvm` that opens says little: it may be a software KVM, which cannot run a stock
 /// kernel. So `auto` asks the VMM, which tries a guest of its own (kvm-hosts.md).
-pub fn choose(config: &Config) -> Choice {
+pub async fn choose(config: &Config) -> Choice {
     let accelerator = match config.engine.accelerator {
         config::Accelerator::Tcg => "TCG (software emulation)",
         config::Accelerator::Kvm => "KVM",
@@ -63,10 +64,10 @@ pub fn choose(config: &Config) -> Choice {
     match config.engine.kind {
         EngineKind::Qemu => qemu("engine.kind = \"qemu\" asks for it".to_owned()),
         EngineKind::Kvm => {
-            let probed = probe(config).map_or_else(|why| why, |probe| probe.to_string());
+            let probed = probe(config).await.map_or_else(|why| why, |probe| probe.to_string());
             Choice { engine: Engine::Kvm, why: format!("kvm (dormouse-vmm): engine.kind = \"kvm\" asks for it; {probed}") }
         }
-        EngineKind::Auto => match probe(config) {
+        EngineKind::Auto => match probe(config).await {
             Ok(hardware @ Probe::Hardware) => Choice { engine: Engine::Kvm, why: format!("kvm (dormouse-vmm): {hardware}") },
             Ok(other) => qemu(other.to_string()),
             Err(why) => qemu(why),
@@ -74,11 +75,8 @@ pub fn choose(config: &Config) -> Choice {
     }
 }
 
-fn probe(config: &Config) -> Result<Probe, String> {
-    let vmm = vmm_path(config)?;
-    let output = Command::new(&vmm).arg("--probe").output().map_err(|error| format!("{} cannot be run: {error}", vmm.display()))?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    Probe::from_json(text.trim()).ok_or_else(|| format!("{} --probe says {:?}, which is not understood", vmm.display(), text.trim()))
+async fn probe(config: &Config) -> Result<Probe, String> {
+    kvm::probe(&vmm_path(config)?).await.map_err(|error| chain(&error))
 }
 
 fn program(name: &Path, mend: &str, version: &[&str]) -> Finding {

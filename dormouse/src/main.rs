@@ -11,6 +11,7 @@ use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 use config::Config;
+use model::chain;
 
 /// MicroVMs that sleep when nobody talks to them and wake, memory and all, when a request arrives.
 #[derive(Parser)]
@@ -78,14 +79,3 @@ fn main() -> ExitCode {
     }
 }
 
-/// An error and its causes, in one line.
-fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
-}

@@ -54,7 +54,7 @@ pub fn env(config: Config) -> Result<()> {
 
 /// `dormouse doctor`.
 pub fn doctor(config: Config) -> Result<()> {
-    if doctor::run(&config) { Ok(()) } else { bail!("something is missing; see the lines marked MISSING") }
+    if runtime()?.block_on(doctor::run(&config)) { Ok(()) } else { bail!("something is missing; see the lines marked MISSING") }
 }
 
 /// `dormouse base`.
@@ -292,7 +292,7 @@ fn lock(data_dir: &Path) -> Result<File> {
 }
 
 async fn open_engine(config: &Config, data_dir: &Path) -> Result<Arc<dyn Engine>> {
-    let choice = doctor::choose(config);
+    let choice = doctor::choose(config).await;
     tracing::info!("engine: {}", choice.why);
     let agent = doctor::agent_path(config).map_err(|why| anyhow::anyhow!("{why}; run: make build"))?;
     let kit = guest_kit::assemble(&config.guest.kernel_dir, &agent, &data_dir.join("guest"))?;

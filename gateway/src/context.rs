@@ -54,9 +54,7 @@ pub(crate) struct Context {
     /// Ends the connection if the guest stays silent.
     pub first_byte: Option<AbortOnDropHandle<()>>,
     /// Takes an answer that nothing has come of for long for an open stream.
-    pub watch: Option<AbortOnDropHandle<()>>,
-    /// Body bytes of the answer so far, for `watch`.
-    pub progress: Arc<AtomicU64>,
+    pub watch: Option<Watch>,
     /// Set by `first_byte` when it did so.
     pub silent: Arc<OnceLock<()>>,
     /// Interim answers of the guest so far.
@@ -73,6 +71,14 @@ pub(crate) struct Context {
     pub reason: Option<Reason>,
     /// Whether there is nobody left to answer.
     pub client_left: bool,
+}
+
+/// Looks whether more of an answer comes.
+pub(crate) struct Watch {
+    /// Body bytes so far.
+    pub progress: Arc<AtomicU64>,
+    /// Who looks.
+    pub _task: AbortOnDropHandle<()>,
 }
 
 impl Context {
@@ -97,7 +103,6 @@ impl Context {
             reused: false,
             first_byte: None,
             watch: None,
-            progress: Arc::default(),
             silent: Arc::default(),
             interim: 0,
             close_delimited: false,

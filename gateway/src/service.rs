@@ -32,7 +32,7 @@ use crate::{
     GatewayConfig, access_log,
     auth::permit::Permit,
     connection::Guarded,
-    context::Context,
+    context::{Context, Watch},
     framing,
     headers::{self, AnswerKind},
     metrics::{Metrics, Protocol},
@@ -160,18 +160,21 @@ impl Service {
     }
 
     /// Takes an answer whose length nobody knows for an open stream once nothing has come of it for [`STREAM_SILENCE`].
-    fn watch_progress(&self, awake: Arc<Awake>, progress: Arc<AtomicU64>) -> tokio::task::JoinHandle<()> {
-        self.peers.links().watch(async move {
-            let mut seen = progress.load(Ordering::Relaxed);
+    fn watch(&self, awake: Arc<Awake>) -> Watch {
+        let progress = Arc::new(AtomicU64::new(0));
+        let watched = progress.clone();
+        let task = self.peers.links().watch(async move {
+            let mut seen = 0;
             loop {
                 tokio::time::sleep(STREAM_SILENCE).await;
-                let now = progress.load(Ordering::Relaxed);
+                let now = watched.load(Ordering::Relaxed);
                 if now == seen {
                     return awake.streaming();
                 }
                 seen = now;
             }
-        })
+        });
+        Watch { progress, _task: AbortOnDropHandle::new(task) }
     }
 
     fn fail(ctx: &mut Context, reason: Reason) -> Box<Error> {
@@ -421,7 +424,7 @@ impl ProxyHttp for Service {
                 AnswerKind::Stream => awake.streaming(),
                 // Still being computed until its end.
                 AnswerKind::Finite => {}
-                AnswerKind::Unknown => ctx.watch = Some(AbortOnDropHandle::new(self.watch_progress(awake.clone(), ctx.progress.clone()))),
+                AnswerKind::Unknown => ctx.watch = Some(self.watch(awake.clone())),
             }
         }
         ctx.close_delimited = ctx.speaks == Speaks::Http1
@@ -441,7 +444,9 @@ impl ProxyHttp for Service {
         let length = body.as_ref().map_or(0, Bytes::len);
         if length > 0 {
             ctx.bytes_out += length as u64;
-            ctx.progress.store(ctx.bytes_out, Ordering::Relaxed);
+            if let Some(watch) = &ctx.watch {
+                watch.progress.store(ctx.bytes_out, Ordering::Relaxed);
+            }
             self.metrics.bytes_out.inc_by(length as u64);
             ctx.touch();
         }

@@ -16,7 +16,7 @@ use std::{
 use arc_swap::ArcSwapOption;
 use dashmap::DashMap;
 use futures::StreamExt;
-use model::{Clock, EndpointId, Generation, IdlePolicy, ImageName, ImageVersion, MAX_DURATION, MicrovmId};
+use model::{Clock, EndpointId, Generation, IdlePolicy, ImageName, ImageVersion, MAX_DURATION, MicrovmId, chain};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use vmm_runtime::engine::Engine;
@@ -27,7 +27,7 @@ use crate::{
     handle::{MicrovmHandle, MicrovmView, Seat},
     machine::{Effect, Machine, Phase, Policy},
     metrics::Metrics,
-    operations::{blocking_io, chain},
+    operations::blocking_io,
     reconcile,
     registry::{Opened, Record, SavedState, Store},
 };

@@ -13,6 +13,7 @@ mod saving;
 use std::{future::Future, sync::Arc, time::Instant};
 
 use futures::{FutureExt, future::BoxFuture};
+use model::chain;
 use tokio::sync::{mpsc, oneshot, watch};
 use vmm_runtime::engine::{Exit, Phases, Vm};
 
@@ -24,7 +25,7 @@ use crate::{
     handle::{Ask, CLOSING, Grant, Kill, Live, MicrovmView, Seat},
     machine::{Effect, EndReason, Event, Machine, Phase, Refusal},
     metrics::{Counted, StartOutcome, SuspendEnd},
-    operations::{self, Kind, Operation, Outcome, Remains, chain},
+    operations::{self, Kind, Operation, Outcome, Remains},
     registry::Record,
 };
 

@@ -11,6 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use model::chain;
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use vmm_runtime::engine::{EngineError, LaunchSpec, RestoreSpec, SnapshotRecord, Started, SuspendOutcome, Vm};
 
@@ -239,18 +240,6 @@ fn absent_is_fine(done: io::Result<()>) -> io::Result<()> {
 
 pub(crate) async fn blocking_io<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
     tokio::task::spawn_blocking(work).await.map_err(io::Error::other)?
-}
-
-/// An error and all its causes in one line.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(next) = cause {
-        text.push_str(": ");
-        text.push_str(&next.to_string());
-        cause = next.source();
-    }
-    text
 }
 
 #[cfg(test)]

@@ -15,14 +15,14 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use model::MicrovmId;
+use model::{MicrovmId, chain};
 use vmm_runtime::engine::Engine;
 
 use crate::{
     controller::Node,
     driver::Beginning,
     machine::{Effect, EndReason, Event, Machine, Policy},
-    operations::{blocking_io, chain},
+    operations::blocking_io,
     registry::{Record, SavedState},
 };
 

@@ -1,9 +1,10 @@
 //! The nouns every piece of Dormouse shares.
 //!
-//! Owns: ids, public states, ports and port scopes, the idle policy, the clock trait. Never does I/O, never reads the
+//! Owns: ids, public states, ports and port scopes, the idle policy, the clock trait, how an error is put into words. Never does I/O, never reads the
 //! time by itself, knows nothing of engines, sockets or HTTP.
 #![forbid(unsafe_code)]
 
+pub mod chain;
 pub mod clock;
 pub mod ids;
 pub mod policy;
@@ -11,6 +12,7 @@ pub mod port;
 pub mod size;
 pub mod state;
 
+pub use chain::chain;
 pub use clock::{Clock, SystemClock};
 pub use ids::{EndpointId, Generation, ImageName, ImageVersion, MicrovmId, ParseIdError};
 pub use policy::{IdlePolicy, MAX_DURATION};

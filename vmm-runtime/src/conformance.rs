@@ -17,12 +17,9 @@ use std::{
 
 use async_trait::async_trait;
 use futures::FutureExt;
-use model::{Generation, MicrovmId, Port, Shape};
+use model::{Generation, MicrovmId, Port, Shape, chain};
 
-use crate::{
-    engine::{AppSpec, BootSpec, Engine, LaunchSpec, RestoreSpec, Started, Vm},
-    host::chain,
-};
+use crate::engine::{AppSpec, BootSpec, Engine, LaunchSpec, RestoreSpec, Started, Vm};
 
 /// What the suite has to be given.
 #[async_trait]

@@ -116,6 +116,14 @@ pub fn assemble(kernel_dir: &Path, agent: &Path, out_dir: &Path) -> Result<Guest
     Ok(GuestKit { kernel, initrd, fingerprint: format!("{release}/{hash}") })
 }
 
+/// The newest kernel of a package unpacked into `kernel_dir`, and these modules of it with what they depend on, in the order of
+/// loading. For guests that are no microVMs, such as the machine that tests run an engine in.
+pub fn kernel_and_modules(kernel_dir: &Path, wanted: &[&str]) -> Result<(PathBuf, Vec<(String, PathBuf)>), GuestKitError> {
+    let (kernel, release) = newest_kernel(&kernel_dir.join("boot"))?;
+    let modules_dir = kernel_dir.join("lib/modules").join(release);
+    Ok((kernel, load_order(&modules_dir, &index(&modules_dir)?, wanted)?))
+}
+
 /// The kernel in `boot` whose name sorts last, and its release.
 fn newest_kernel(boot: &Path) -> Result<(PathBuf, String), GuestKitError> {
     let missing = || GuestKitError::Missing { what: "a kernel (vmlinuz-*)".to_owned(), dir: boot.to_owned() };
@@ -195,18 +203,20 @@ fn dependencies(module: &[u8]) -> Vec<String> {
 }
 
 /// A cpio archive in the form the kernel unpacks: "newc" (kernel: Documentation/driver-api/early-userspace/buffer-format).
-#[derive(Default)]
-struct Archive {
+#[derive(Debug, Default)]
+pub struct Archive {
     bytes: Vec<u8>,
     entries: u32,
 }
 
 impl Archive {
-    fn directory(&mut self, name: &str) {
+    /// Adds a directory; those above it are there already.
+    pub fn directory(&mut self, name: &str) {
         self.entry(name, 0o040_755, &[]);
     }
 
-    fn file(&mut self, name: &str, mode: u32, content: &[u8]) {
+    /// Adds a file with these permissions.
+    pub fn file(&mut self, name: &str, mode: u32, content: &[u8]) {
         self.entry(name, 0o100_000 | mode, content);
     }
 
@@ -230,7 +240,8 @@ impl Archive {
         self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
     }
 
-    fn finish(mut self) -> Vec<u8> {
+    /// The archive.
+    pub fn finish(mut self) -> Vec<u8> {
         self.entry("TRAILER!!!", 0, &[]);
         self.bytes
     }

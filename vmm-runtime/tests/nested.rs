@@ -7,7 +7,6 @@
 mod support;
 
 use std::{
-    collections::BTreeMap,
     env, fs,
     io::{BufRead, BufReader},
     path::{Path, PathBuf},
@@ -24,8 +23,8 @@ const LIMIT: Duration = Duration::from_secs(900);
 /// Holds the image, its clones and their layers, sparse all.
 const DISK_BYTES: u64 = 12 << 30;
 const EXIT_LINE: &str = "NESTED-EXIT ";
-/// What a KVM on an AMD processor and guests' networks need, in the order of loading.
-const KVM_MODULES: [&str; 4] = ["irqbypass", "kvm", "kvm-amd", "tun"];
+/// What a KVM on an AMD processor and guests' networks need.
+const KVM_MODULES: [&str; 2] = ["kvm_amd", "tun"];
 
 fn cargo(target_dir: &Path, arguments: &[&str]) -> Vec<u8> {
     let output = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
@@ -50,20 +49,14 @@ fn test_program(messages: &[u8]) -> PathBuf {
     built.expect("cargo names the test program that it has built")
 }
 
-fn modules(kernel_dir: &Path) -> Option<Vec<PathBuf>> {
-    let mut found = BTreeMap::new();
-    let mut open = vec![kernel_dir.join("lib/modules")];
-    while let Some(dir) = open.pop() {
-        for entry in fs::read_dir(dir).ok()?.flatten() {
-            match entry.path() {
-                dir if dir.is_dir() => open.push(dir),
-                file => {
-                    found.insert(file.file_stem()?.to_string_lossy().into_owned(), file);
-                }
-            }
-        }
+/// The modules, and why there are none. One that is built in is left out, as far as the first, which no kernel of Debian's has
+/// built in.
+fn modules() -> Result<Vec<PathBuf>, String> {
+    let (_kernel, modules) = guest_kit::kernel_and_modules(&kernel_dir(), &KVM_MODULES).map_err(|error| error.to_string())?;
+    if !modules.iter().any(|(name, _)| name == KVM_MODULES[0]) {
+        return Err(format!("there is no kernel with KVM modules in {}; run: make setup", kernel_dir().display()));
     }
-    KVM_MODULES.iter().map(|name| found.remove(*name)).collect()
+    Ok(modules.into_iter().map(|(_name, path)| path).collect())
 }
 
 /// Why it cannot be run here.
@@ -73,10 +66,7 @@ fn missing() -> Option<String> {
             return Some(format!("{program} cannot be run ({error}); run: make setup"));
         }
     }
-    if modules(&kernel_dir()).is_none() {
-        return Some(format!("there is no kernel with KVM modules in {}; run: make setup", kernel_dir().display()));
-    }
-    None
+    modules().err()
 }
 
 /// Ends QEMU with the test.
@@ -141,7 +131,7 @@ fn outer_disk(tree: &Path, work: &Path, kit: &guest_kit::GuestKit, programs: &[(
         fs::copy(program, tree.join("bin").join(name)).unwrap();
     }
     let mut order = String::new();
-    for module in modules(&kernel_dir()).unwrap() {
+    for module in modules().unwrap() {
         let name = module.file_name().unwrap().to_string_lossy().into_owned();
         fs::copy(&module, tree.join("modules").join(&name)).unwrap();
         order += &format!("{name}\n");

@@ -3,87 +3,29 @@
 //! there; here it is put together and its output read. Takes a minute; times in it say nothing about hardware.
 
 use std::{
-    collections::BTreeMap,
     fs,
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::{Command, Stdio},
 };
+
+use vmm_runtime::guest_kit::{self, Archive};
 
 const OUTER_MODULES: [&str; 1] = ["kvm_amd"];
 const INNER_MODULES: [&str; 5] = ["virtio_mmio", "virtio_blk", "virtio_rng", "virtio_balloon", "vmw_vsock_virtio_transport"];
 const TARGET: &str = "x86_64-unknown-linux-musl";
 
-/// The kernel's modules, with what each needs.
-struct Modules(BTreeMap<String, PathBuf>);
-
-impl Modules {
-    fn below(dir: &Path) -> Self {
-        let (mut found, mut open) = (BTreeMap::new(), vec![dir.to_owned()]);
-        while let Some(dir) = open.pop() {
-            for entry in fs::read_dir(dir).unwrap().flatten() {
-                let path = entry.path();
-                if path.is_dir() {
-                    open.push(path);
-                } else if let Some(name) = path.file_name().unwrap().to_str().unwrap().strip_suffix(".ko") {
-                    found.insert(name.replace('-', "_"), path);
-                }
-            }
-        }
-        Self(found)
+/// An initramfs with this init and these modules, to be added to.
+fn initramfs(init: &[u8], modules: &[(String, PathBuf)]) -> Archive {
+    let mut archive = Archive::default();
+    for dir in ["dev", "proc", "sys", "modules"] {
+        archive.directory(dir);
     }
-
-    fn add(&self, name: &str, order: &mut Vec<(String, Vec<u8>)>) {
-        let Some(path) = self.0.get(name) else { return };
-        if order.iter().any(|(there, _)| there == name) {
-            return;
-        }
-        let module = fs::read(path).unwrap();
-        let depends = module.split(|byte| *byte == 0).find_map(|text| text.strip_prefix(b"depends=")).unwrap_or_default().to_vec();
-        for needed in String::from_utf8(depends).unwrap().split(',').filter(|name| !name.is_empty()) {
-            self.add(&needed.replace('-', "_"), order);
-        }
-        order.push((name.to_owned(), module));
+    for (name, path) in modules {
+        archive.file(&format!("modules/{name}.ko"), 0o644, &fs::read(path).unwrap());
     }
-}
-
-/// A cpio archive ("newc").
-#[derive(Default)]
-struct Archive(Vec<u8>);
-
-impl Archive {
-    fn add(&mut self, name: &str, mode: u32, content: &[u8]) {
-        let fields = [1, mode, 0, 0, 1, 0, content.len() as u32, 0, 0, 0, 0, name.len() as u32 + 1, 0];
-        self.0.extend(b"070701");
-        for field in fields {
-            self.0.extend(format!("{field:08x}").bytes());
-        }
-        for bytes in [&[name.as_bytes(), &[0]].concat()[..], content] {
-            self.0.extend(bytes);
-            self.0.resize(self.0.len().next_multiple_of(4), 0);
-        }
-    }
-
-    fn initramfs(init: &[u8], modules: &Modules, wanted: &[&str]) -> Self {
-        let mut order = Vec::new();
-        for name in wanted {
-            modules.add(name, &mut order);
-        }
-        let mut archive = Self::default();
-        for dir in ["dev", "proc", "sys", "modules"] {
-            archive.add(dir, 0o040_755, &[]);
-        }
-        for (name, content) in &order {
-            archive.add(&format!("modules/{name}.ko"), 0o100_644, content);
-        }
-        archive.add("modules/order", 0o100_644, order.iter().map(|(name, _)| format!("{name}.ko\n")).collect::<String>().as_bytes());
-        archive.add("init", 0o100_755, init);
-        archive
-    }
-
-    fn finish(mut self) -> Vec<u8> {
-        self.add("TRAILER!!!", 0, &[]);
-        self.0
-    }
+    archive.file("modules/order", 0o644, modules.iter().map(|(name, _)| format!("{name}.ko\n")).collect::<String>().as_bytes());
+    archive.file("init", 0o755, init);
+    archive
 }
 
 /// The program of `examples/nested.rs` and the VMM, static.
@@ -102,13 +44,14 @@ fn programs() -> [Vec<u8>; 2] {
 /// What the outer guest printed; `None` if it cannot be run here, which is said.
 fn outer(arguments: &str) -> Option<String> {
     let kernel_dir = PathBuf::from(std::env::var_os("HOME").unwrap()).join(".cache/dormouse/kernel");
-    let Some(kernel) = fs::read_dir(kernel_dir.join("boot"))
-        .ok()
-        .and_then(|dir| dir.flatten().map(|entry| entry.path()).filter(|path| path.file_name().unwrap().to_string_lossy().starts_with("vmlinuz-")).max())
-    else {
-        // Past the test harness, which shows what a passing test says to nobody.
-        let _ = std::io::Write::write_fmt(&mut std::io::stderr(), format_args!("SKIPPED: no kernel in {} (make setup)\n", kernel_dir.display()));
-        return None;
+    let of_kernel = |wanted: &[&str]| guest_kit::kernel_and_modules(&kernel_dir, wanted);
+    let ((kernel, outer_modules), (_, inner_modules)) = match (of_kernel(&OUTER_MODULES), of_kernel(&INNER_MODULES)) {
+        (Ok(outer), Ok(inner)) => (outer, inner),
+        (Err(error), _) | (_, Err(error)) => {
+            // Past the test harness, which shows what a passing test says to nobody.
+            let _ = std::io::Write::write_fmt(&mut std::io::stderr(), format_args!("SKIPPED: {error}\n"));
+            return None;
+        }
     };
     if Command::new("qemu-system-x86_64").arg("--version").stdout(Stdio::null()).status().is_err() {
         // Past the test harness, which shows what a passing test says to nobody.
@@ -116,13 +59,12 @@ fn outer(arguments: &str) -> Option<String> {
         return None;
     }
     let vcpus = std::env::var("NESTED_VCPUS").unwrap_or_else(|_| "1".to_owned());
-    let modules = Modules::below(&kernel_dir.join("lib/modules"));
     let [init, vmm] = programs();
-    let inner = Archive::initramfs(&init, &modules, &INNER_MODULES).finish();
-    let mut outer = Archive::initramfs(&init, &modules, &OUTER_MODULES);
-    outer.add("vmlinux", 0o100_644, &vmm::arch::kernel::extract_vmlinux(&fs::read(&kernel).unwrap()).unwrap());
-    outer.add("inner.cpio", 0o100_644, &inner);
-    outer.add("dormouse-vmm", 0o100_755, &vmm);
+    let inner = initramfs(&init, &inner_modules).finish();
+    let mut outer = initramfs(&init, &outer_modules);
+    outer.file("vmlinux", 0o644, &vmm::arch::kernel::extract_vmlinux(&fs::read(&kernel).unwrap()).unwrap());
+    outer.file("inner.cpio", 0o644, &inner);
+    outer.file("dormouse-vmm", 0o755, &vmm);
     let dir = tempfile::tempdir().unwrap();
     let initrd = dir.path().join("outer.cpio");
     fs::write(&initrd, outer.finish()).unwrap();

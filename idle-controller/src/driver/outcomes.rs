@@ -2,13 +2,14 @@
 
 use std::time::{Duration, Instant};
 
+use model::chain;
 use vmm_runtime::engine::{EngineError, Exit, Started, SuspendOutcome};
 
 use super::{Driver, Wake};
 use crate::{
     machine::{Event, Inspection, Phase},
     metrics::{StartOutcome, SuspendEnd},
-    operations::{Kind, Operation, Outcome, chain},
+    operations::{Kind, Operation, Outcome},
 };
 
 impl Driver {

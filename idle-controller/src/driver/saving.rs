@@ -2,14 +2,13 @@
 
 use std::time::{Duration, SystemTime};
 
-use model::MicrovmState;
+use model::{MicrovmState, chain};
 
 use super::Driver;
 use crate::{
     controller::Node,
     handle::MicrovmView,
     machine::{Machine, Phase},
-    operations::chain,
     registry::{Record, SavedState, WriteError},
 };
 

@@ -6,11 +6,11 @@ use std::{
     sync::Arc,
 };
 
-use model::{Generation, MicrovmId};
+use model::{Generation, MicrovmId, chain};
 use protocol::link::Attach;
 
 use super::{
-    Backend, Layers, Shared, blocking, chain, failed, image,
+    Backend, Layers, Shared, blocking, failed, image,
     pool::KillOnDrop,
     process::Process,
     record::{self, Record, Stage},

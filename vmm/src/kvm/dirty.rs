@@ -1,11 +1,10 @@
 //! KVM's own dirty log: the other way to learn which pages a guest has written.
 //!
-//! The memory difference is made from the process's page tables ([`crate::memory::difference`]), which need no logging and cost
-//! the guest nothing. This is what remains if a host turns out to need it (vmm.md §8.4), and what tests hold the first way
-//! against. It sees what vCPUs write, not what this process writes.
+//! Only tests use it, to hold the page tables against ([`crate::memory::dirty`]), which need no logging and cost the guest
+//! nothing. It sees what vCPUs write, not what this process writes, so it could not replace them.
 
-use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
-use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
+use kvm_bindings::KVM_MEM_LOG_DIRTY_PAGES;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::{
     kvm::{Doing, KvmError, vm::Vm},
@@ -14,18 +13,7 @@ use crate::{
 
 /// Starts the log; pages written before are not in it.
 pub fn start(vm: &Vm, memory: &GuestRam) -> Result<(), KvmError> {
-    for (slot, region) in (0..).zip(memory.memory().iter()) {
-        let region = kvm_userspace_memory_region {
-            slot,
-            guest_phys_addr: region.start_addr().raw_value(),
-            memory_size: region.len(),
-            userspace_addr: region.as_ptr() as u64,
-            flags: KVM_MEM_LOG_DIRTY_PAGES,
-        };
-        // SAFETY: as in `Vm::new`; only the flags of an existing slot change.
-        unsafe { vm.fd().set_user_memory_region(region) }.doing("KVM_SET_USER_MEMORY_REGION")?;
-    }
-    Ok(())
+    vm.set_memory(memory, KVM_MEM_LOG_DIRTY_PAGES)
 }
 
 /// Pages written since the last call, as indices into the memory file. They count as clean afterwards.

@@ -4,7 +4,8 @@
 //! a device (that is [`crate::devices`]) and never decides what guest memory holds.
 
 pub mod cpuid;
-pub mod dirty;
+#[cfg(test)]
+mod dirty;
 pub mod msr;
 pub mod probe;
 pub mod state;

@@ -82,19 +82,26 @@ impl Vm {
         fd.create_irq_chip().doing("KVM_CREATE_IRQCHIP")?;
         // The speaker port (0x61) then answers in the kernel, too.
         fd.create_pit2(kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() }).doing("KVM_CREATE_PIT2")?;
+        let made = Self { fd, abilities, cpuid, msrs };
+        made.set_memory(memory, 0)?;
+        Ok(made)
+    }
+
+    /// Makes guest memory the machine's, with these flags for each region; again, to change the flags.
+    pub fn set_memory(&self, memory: &GuestRam, flags: u32) -> Result<(), KvmError> {
         for (slot, region) in (0..).zip(memory.memory().iter()) {
             let region = kvm_userspace_memory_region {
                 slot,
                 guest_phys_addr: region.start_addr().raw_value(),
                 memory_size: region.len(),
                 userspace_addr: region.as_ptr() as u64,
-                flags: 0,
+                flags,
             };
             // SAFETY: the address range is a mapping that lives as long as the guest memory does, whose owner (`Machine`) drops
             // this machine first; a guest may write anything to it, which is why it is only accessed by volatile access.
-            unsafe { fd.set_user_memory_region(region) }.doing("KVM_SET_USER_MEMORY_REGION")?;
+            unsafe { self.fd.set_user_memory_region(region) }.doing("KVM_SET_USER_MEMORY_REGION")?;
         }
-        Ok(Self { fd, abilities, cpuid, msrs })
+        Ok(())
     }
 
     /// The ioctls of the machine.

@@ -16,7 +16,7 @@
 
 use std::arch::global_asm;
 
-use crate::process::guest;
+use crate::process::elf::elf;
 
 /// Bytes that the guest takes before it has sent any back: its `buf_alloc`.
 pub const ROOM: u64 = 64 << 10;
@@ -294,15 +294,7 @@ fn code() -> &'static [u8] {
     unsafe { std::slice::from_raw_parts(begin, end as usize - begin as usize) }
 }
 
-/// The kernel file: that of another guest, whose code is its last segment, with this code instead.
+/// The kernel file.
 pub fn kernel() -> Vec<u8> {
-    const CODE: usize = 4096;
-    let mut file = guest::resets();
-    file.truncate(CODE);
-    let length = (code().len() as u64).to_le_bytes();
-    // Lengths in the file and in memory in the first program header, which follows the 64 bytes of the ELF header.
-    file[64 + 32..][..8].copy_from_slice(&length);
-    file[64 + 40..][..8].copy_from_slice(&length);
-    file.extend(code());
-    file
+    elf(code())
 }

@@ -3,8 +3,8 @@
 
 use std::arch::global_asm;
 
-/// Where the code is loaded and begins.
-const ENTRY: u32 = 0x10_0000;
+use crate::elf::elf;
+
 /// The counter, in a page of its own.
 pub const COUNTER: u64 = 0x20_0000;
 /// Pages that are written one after the other, each with the count at that time.
@@ -67,31 +67,5 @@ fn code() -> &'static [u8] {
 
 /// The kernel file.
 pub fn kernel() -> Vec<u8> {
-    const HEADERS: usize = 64 + 2 * 56;
-    let code = code();
-    let note: Vec<u8> = [4u32, 4, 18].iter().flat_map(|number| number.to_le_bytes()).chain(*b"Xen\0").chain(ENTRY.to_le_bytes()).collect();
-    let (code_at, note_at) = (HEADERS as u64, (HEADERS + code.len()) as u64);
-    let mut file = b"\x7fELF\x02\x01\x01".to_vec();
-    file.resize(16, 0);
-    for half in [2u16, 62] {
-        file.extend(half.to_le_bytes());
-    }
-    file.extend(1u32.to_le_bytes());
-    for word in [u64::from(ENTRY), 64, 0] {
-        file.extend(word.to_le_bytes());
-    }
-    file.extend(0u32.to_le_bytes());
-    for half in [64u16, 56, 2, 0, 0, 0] {
-        file.extend(half.to_le_bytes());
-    }
-    for (kind, at, address, length) in [(1u32, code_at, u64::from(ENTRY), code.len() as u64), (4, note_at, 0, note.len() as u64)] {
-        file.extend(kind.to_le_bytes());
-        file.extend(7u32.to_le_bytes());
-        for word in [at, address, address, length, length, 1] {
-            file.extend(word.to_le_bytes());
-        }
-    }
-    file.extend(code);
-    file.extend(note);
-    file
+    elf(code())
 }

@@ -1,5 +1,7 @@
 //! A whole machine with a guest of a few instructions, on whatever KVM this host has (kvm-hosts.md).
 
+#[path = "../process/elf.rs"]
+mod elf;
 mod guest;
 
 use std::{
