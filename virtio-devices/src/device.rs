@@ -77,6 +77,7 @@ impl Interrupt {
 }
 
 /// The descriptor of an eventfd, for [`Watch`]: `EventFd` itself only knows the raw number.
+#[expect(unsafe_code, reason = "`EventFd` has no `AsFd`")]
 pub fn descriptor_of(event: &EventFd) -> BorrowedFd<'_> {
     // SAFETY: `event` owns the descriptor and is borrowed for as long as the result, so it stays open; it is not -1, since
     // an `EventFd` is only made of what eventfd(2) returned or its maker vouched for.

@@ -5,6 +5,8 @@
 //! hostile: every index, length and address that it gives is checked before it is used, and a driver that breaks the rules
 //! gets `DEVICE_NEEDS_RESET`, never a panic.
 
+#![deny(unsafe_code)]
+
 pub mod balloon;
 mod bell;
 pub mod block;

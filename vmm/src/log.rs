@@ -42,9 +42,8 @@ fn write(text: &str, ceiling: usize) {
     if before + line.len() >= ceiling {
         "the log has reached its ceiling; nothing more is logged\n".clone_into(&mut line);
     }
-    // SAFETY: the pointer and the length are those of `line`, which lives during the call. One write keeps lines whole. If it
-    // fails there is nobody left to tell.
-    let _ = unsafe { libc::write(libc::STDERR_FILENO, line.as_ptr().cast(), line.len()) };
+    // One write keeps lines whole. If it fails there is nobody left to tell.
+    let _ = rustix::io::write(rustix::stdio::stderr(), line.as_bytes());
 }
 
 struct Lines;

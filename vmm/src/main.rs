@@ -2,6 +2,8 @@
 //!
 //! The process is two: the one that the node started, which waits and knows nothing, and its child, which is the VMM.
 
+#![deny(unsafe_code)]
+
 use std::{
     ffi::OsString,
     fs,
@@ -63,6 +65,7 @@ fn main() -> ExitCode {
     }
 }
 
+#[expect(unsafe_code, reason = "closing what was inherited, which nobody but main can vouch for")]
 fn run(serve: &Serve) -> Result<(), Failure> {
     log::to_stderr();
     std::panic::set_hook(Box::new(|panic| {
@@ -113,6 +116,7 @@ fn failure(doing: impl std::fmt::Display, error: impl std::fmt::Display) -> Fail
     format!("{doing} failed: {error}").into()
 }
 
+#[expect(unsafe_code, reason = "see `run`")]
 fn join(cgroup: Option<&Cgroup>) -> Result<(), Failure> {
     let dir = match cgroup {
         None => return Ok(()),

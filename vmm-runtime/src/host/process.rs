@@ -93,6 +93,14 @@ fn is_ours(pid: i32, dir: &Path) -> bool {
     fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.split(|byte| *byte == 0).any(|argument| argument == wanted.as_bytes()))
 }
 
+/// The descriptor, known to tokio.
+#[expect(unsafe_code, reason = "tokio cannot know that an `OwnedFd` keeps its descriptor")]
+pub(crate) fn watched(descriptor: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: the descriptor is owned by the `AsyncFd`, so it is open for as long as it is registered, and an `OwnedFd` never
+    // changes its number.
+    Ok(unsafe { AsyncFd::register(descriptor)? })
+}
+
 fn open_dir(dir: &Path) -> io::Result<OwnedFd> {
     Ok(rustix::fs::open(dir, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?)
 }
@@ -115,11 +123,8 @@ impl Process {
         let output = File::create(dir.join(OUTPUT))?;
         let mut command = Command::new(program);
         command.args(arguments).current_dir(dir).stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
-        // SAFETY: setsid only makes a system call, so it is safe between fork and exec in a process with threads, and it
-        // touches no memory of ours. A fresh child is no group leader, so it cannot fail.
-        unsafe {
-            command.pre_exec(|| rustix::process::setsid().map(|_| ()).map_err(io::Error::from));
-        }
+        // A group of its own: what the keyboard of the node's terminal sends does not reach it.
+        command.process_group(0);
         let mut child = tokio::process::Command::from(command).kill_on_drop(false).spawn()?;
         let pid = child.id().and_then(|pid| i32::try_from(pid).ok()).ok_or_else(|| io::Error::other("the child has no process number"))?;
         let opened = Self::open(pid, dir, dir_fd);
@@ -138,9 +143,7 @@ impl Process {
         let number = Pid::from_raw(pid).ok_or(io::ErrorKind::NotFound)?;
         let pidfd = rustix::process::pidfd_open(number, PidfdFlags::empty())?;
         let identity = Identity { pid, start_time: start_time(pid)?, dir: dir.to_owned() };
-        // SAFETY: the descriptor is owned by the `AsyncFd`, which nothing takes it out of, so it is open and the same one
-        // for as long as it is registered.
-        let pidfd = unsafe { AsyncFd::register(pidfd)? };
+        let pidfd = watched(pidfd)?;
         Ok(Self { identity, pidfd, dir_fd })
     }
 

@@ -16,7 +16,10 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use tokio::{io::unix::AsyncFd, sync::watch, task::JoinHandle};
 use vmm_protocol::control::{Event, Fault, FromVmm, PacketError, Reply, Request, ToVmm, receive, send};
 
-use crate::host::calls::{CallError, Calls};
+use crate::host::{
+    calls::{CallError, Calls},
+    process::watched,
+};
 
 /// Why a request was not done.
 #[derive(Debug, thiserror::Error)]
@@ -90,9 +93,7 @@ pub fn connect(path: &Path) -> io::Result<OwnedFd> {
 impl Control {
     /// Takes a connected socket.
     pub fn start(socket: OwnedFd) -> io::Result<Self> {
-        // SAFETY: the descriptor is owned by the `AsyncFd`, which nothing takes it out of, so it is open and the same one
-        // for as long as it is registered.
-        let socket = unsafe { AsyncFd::register(socket)? };
+        let socket = watched(socket)?;
         let shared = Arc::new(Shared { socket, calls: Calls::new(), stopped: watch::Sender::new(None) });
         // Ends with the connection, or with the client.
         let reader = tokio::spawn({

@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    os::fd::{AsRawFd, BorrowedFd, OwnedFd},
+    os::fd::OwnedFd,
     sync::{Arc, Mutex, mpsc},
 };
 
@@ -10,7 +10,7 @@ use rustix::event::epoll;
 use virtio_devices::{
     balloon::Balloon,
     block::Block,
-    device::{Interrupt, VirtioDevice, Watch},
+    device::{Interrupt, VirtioDevice, Watch, descriptor_of},
     net::Net,
     rng::Rng,
     transport::{MmioTransport, QUEUE_NOTIFY},
@@ -30,11 +30,6 @@ fn event() -> Result<EventFd, MachineError> {
     EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(|error| MachineError::host("making an event descriptor", &error))
 }
 
-fn borrowed(event: &EventFd) -> BorrowedFd<'_> {
-    // SAFETY: the descriptor is open for as long as the borrow of its owner lasts.
-    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
-}
-
 /// See [`Machine::prepare`].
 pub fn assemble(shell: Shell) -> Result<Machine, MachineError> {
     let Shell { kvm, memory, memory_bytes, memory_use, vcpus, disk_bytes, net, vsock, confine, mut process_files } = shell;
@@ -49,7 +44,7 @@ pub fn assemble(shell: Shell) -> Result<Machine, MachineError> {
     let epoll: Arc<OwnedFd> = Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|error| MachineError::host("making an epoll", &io::Error::from(error)))?);
     let watch = |slot: usize| Watch::new(epoll.clone(), slot as u32);
     let stopped = event()?;
-    Watch::new(epoll.clone(), OWN).add(borrowed(&stopped), 0, epoll::EventFlags::IN).map_err(|error| MachineError::host("watching the vCPUs", &error))?;
+    Watch::new(epoll.clone(), OWN).add(descriptor_of(&stopped), 0, epoll::EventFlags::IN).map_err(|error| MachineError::host("watching the vCPUs", &error))?;
 
     let line = |gsi| {
         let line = event()?;
