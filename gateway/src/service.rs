@@ -18,7 +18,7 @@ use http::{HeaderMap, Method, StatusCode, Version, header};
 use idle_controller::{Awake, Controller};
 use model::{Clock as _, SystemClock};
 use pingora_core::{
-    Error, ErrorSource, ErrorType, Result,
+    Error, ErrorSource, ErrorType, Result, RetryType,
     modules::http::HttpModules,
     protocols::{Digest, http::ServerSession as HttpSession, l4::socket::SocketAddr},
     upstreams::peer::HttpPeer,
@@ -277,6 +277,9 @@ impl ProxyHttp for Service {
             return Err(Self::fail(ctx, Reason::Internal));
         };
         ctx.dial_failure = FailureSlot::default();
+        // What is counted of one try does not count for the next.
+        ctx.bytes_in = 0;
+        ctx.interim = 0;
         let target =
             Target { microvm: permit.microvm().id(), port: permit.port(), generation: awake.generation(), speaks: ctx.speaks };
         self.peers.peer(target, awake, &ctx.dial_failure).map(Box::new)
@@ -294,6 +297,15 @@ impl ProxyHttp for Service {
             Some(DialFailure::Final(reason)) => ctx.reason = Some(*reason),
             None => {}
         }
+        error
+    }
+
+    /// pingora would send a request again whenever a connection that was used before ends without an answer; by then the
+    /// app may have done what it asked for. What remains is a guest's word that it did not look at the request
+    /// (REFUSED_STREAM, or GOAWAY with NO_ERROR for a later stream: RFC 9113 §8.7).
+    fn error_while_proxy(&self, _peer: &HttpPeer, session: &mut Session, mut error: Box<Error>, _ctx: &mut Context, _reused: bool) -> Box<Error> {
+        let untouched = matches!(error.retry, RetryType::Decided(true)) && !session.as_ref().retry_buffer_truncated();
+        error.set_retry(untouched);
         error
     }
 

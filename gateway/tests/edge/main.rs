@@ -10,5 +10,6 @@ mod forwarding;
 mod hostile;
 mod lifecycle;
 mod log;
+mod pingora;
 mod rig;
 mod websocket;
