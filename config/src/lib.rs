@@ -57,16 +57,58 @@ pub struct Edge {
     pub listen: SocketAddr,
     /// Endpoints are `<uuid>.<this>`.
     pub domain_suffix: String,
-    /// Client connections at a time.
+    /// What clients and guests may take. May be replaced while the node runs.
+    pub limits: EdgeLimits,
+}
+
+/// What clients and guests may take of the gateway. The reason of each default stands with its key in [`Config::example`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EdgeLimits {
+    /// Client connections at a time. The limit of open files may allow fewer.
     pub max_connections: usize,
-    /// Client connections at a time from one address.
+    /// Client connections at a time from one address (one /64 of IPv6).
     pub max_connections_per_address: usize,
-    /// How long a request waits for a microVM to wake.
-    pub hold: Duration,
-    /// From the first byte of a connection (or of a kept-alive request) to the end of its header.
-    pub header_deadline: Duration,
+    /// Streams at a time on a client's HTTP/2 connection. Takes effect at the start only.
+    pub max_streams: u32,
+    /// Bytes a client may send ahead of its guest on one HTTP/2 stream. Takes effect at the start only.
+    pub stream_window: u32,
+    /// The same for a whole HTTP/2 connection. Takes effect at the start only.
+    pub connection_window: u32,
     /// From accept to the end of the TLS handshake.
     pub handshake_deadline: Duration,
+    /// From the first byte of a request to the end of its header, and from the end of the TLS handshake to the end of
+    /// the first header (HTTP/1.1) or of the preface (HTTP/2).
+    pub header_deadline: Duration,
+    /// How long a client's connection may idle between two requests.
+    pub keepalive: Duration,
+    /// How long a client may take for the next bytes of a request body.
+    pub body_deadline: Duration,
+    /// How long a client may refuse to take the next bytes of an answer.
+    pub write_deadline: Duration,
+    /// How long a client's host may leave what we send (keepalive probes included) without acknowledgement.
+    pub vanished_deadline: Duration,
+    /// How long a request waits for its microVM to wake.
+    pub hold: Duration,
+    /// Bytes that requests which wait for wakes may occupy, in all.
+    pub max_held_bytes: u64,
+    /// The same for the requests of one microVM.
+    pub max_held_bytes_per_microvm: u64,
+    /// How long a guest may take to accept a connection to a port.
+    pub dial_deadline: Duration,
+    /// How long a guest may take from the whole request header to the begin of its answer; `None`: for ever.
+    pub first_byte_deadline: Option<Duration>,
+    /// How long a connection to a guest waits for its next request.
+    pub upstream_keepalive: Duration,
+    /// Bytes of a request header (names and values, the request line included).
+    pub max_header_bytes: usize,
+    /// Fields of a request header.
+    pub max_header_fields: usize,
+    /// Bytes of an answer's header that a guest may send.
+    pub max_answer_header_bytes: usize,
+    /// Bytes of a request body; `None`: any.
+    pub max_body_bytes: Option<u64>,
+    /// Tokens a second that are opened for one address (one /64 of IPv6); `None`: any.
+    pub max_tokens_per_second: Option<u32>,
     /// How long running requests may go on after SIGTERM.
     pub grace: Duration,
 }
@@ -215,12 +257,31 @@ impl Config {
             edge: r.section("edge", |s| Edge {
                 listen: s.address("listen", local(8443), "Where clients connect (TLS, HTTP/1.1 and HTTP/2). Port 0 picks a free one."),
                 domain_suffix: s.text("domain_suffix", "microvm.localhost", "Endpoints are <uuid>.<domain_suffix>.", domain),
-                max_connections: s.count("max_connections", 10_000, 1..=1_000_000, "Client connections at a time."),
-                max_connections_per_address: s.count("max_connections_per_address", 4_000, 1..=1_000_000, "Client connections at a time from one address."),
-                hold: s.seconds("hold_secs", 60, 1..=3_600, "How long a request waits for a microVM to wake."),
-                header_deadline: s.seconds("header_deadline_secs", 30, 1..=600, "How long a client may take to send one request header."),
-                handshake_deadline: s.seconds("handshake_deadline_secs", 10, 1..=600, "How long a TLS handshake may take."),
-                grace: s.seconds("grace_secs", 30, 0..=3_600, "How long running requests may go on after SIGTERM."),
+                limits: EdgeLimits {
+                    max_connections: s.count("max_connections", 10_000, 1..=1_000_000, "Client connections at a time; more are told 503. At most 45 KiB of memory each while idle. Fewer if the limit of open files (RLIMIT_NOFILE, raised to its hard limit at the start) does not carry them."),
+                    max_connections_per_address: s.count("max_connections_per_address", 2_500, 1..=1_000_000, "Client connections at a time from one address (one /64 of IPv6); more are told 503. A quarter of all, so that no one address can take every place."),
+                    max_streams: s.count("max_streams", 100, 100..=1_000, "HTTP/2 streams at a time on one client connection; more are reset (REFUSED_STREAM). With max_header_bytes the bound on what a header bomb can make the gateway hold. Not below 100: clients open that many before they have read our settings. Read at the start only.") as u32,
+                    stream_window: s.count("stream_window_bytes", 1 << 20, 65_535..=1 << 30, "What a client may send ahead of its guest on one HTTP/2 stream. AWS's 64 KiB throttles uploads; this carries 40 MB/s over 100 ms (with connection_window_bytes). Read at the start only.") as u32,
+                    connection_window: s.count("connection_window_bytes", 1 << 22, 65_535..=1 << 30, "The same for one HTTP/2 connection: the bound on body bytes in memory for a connection whose guests read slowly. Read at the start only.") as u32,
+                    handshake_deadline: s.seconds("handshake_deadline_secs", 10, 1..=600, "How long a TLS handshake may take; then the connection is closed. A lost packet is sent again after 1, 3 and 7 seconds: three losses in a row pass."),
+                    header_deadline: s.seconds("header_deadline_secs", 30, 1..=600, "How long a client may take to send one request header (408) or, over HTTP/2, its preface. max_header_bytes take 20 seconds at 10 kbit/s."),
+                    keepalive: s.seconds("keepalive_secs", 60, 1..=3_600, "How long a client's connection may idle between two requests; then it is closed. Longer than most clients keep theirs (Node.js 5, Go 90, browsers 60 to 300 seconds)."),
+                    body_deadline: s.seconds("body_deadline_secs", 60, 1..=3_600, "How long a client may take for the next bytes of a request body (408). A stalled upload keeps its microVM awake."),
+                    write_deadline: s.seconds("write_deadline_secs", 60, 1..=3_600, "How long a client may refuse to take the next bytes of an answer; then the connection is closed. A client that does not read keeps buffers of its guest full."),
+                    vanished_deadline: s.seconds("vanished_deadline_secs", 120, 4..=3_600, "How long a client's host may acknowledge nothing (TCP keepalive and TCP_USER_TIMEOUT) before its connection is dropped, so that silent WebSockets and event streams of vanished clients do not stay for ever. Longer than a phone takes to change networks."),
+                    hold: s.seconds("hold_secs", 60, 1..=3_600, "How long a request waits for a microVM to wake (502). Clients and proxies commonly give up after 60 seconds."),
+                    max_held_bytes: s.count("max_held_bytes", 256 << 20, 1 << 16..=1 << 40, "Bytes that requests which wait for wakes may occupy in memory, headers and received bodies, in all; one more is told 503.") as u64,
+                    max_held_bytes_per_microvm: s.count("max_held_bytes_per_microvm", 64 << 20, 1 << 16..=1 << 40, "The same for the requests of one microVM. A quarter of all, so that one microVM that wakes slowly does not keep the others from waking.") as u64,
+                    dial_deadline: s.seconds("dial_deadline_secs", 10, 1..=600, "How long a guest may take to accept a connection to a port (502). It takes a guest under load milliseconds; this leaves room for one that swaps."),
+                    first_byte_deadline: s.optional_count("first_byte_deadline_secs", 0, 0..=86_400, "How long a guest may take from the whole request header to the begin of its answer (504). 0: for ever, as a request that computes for long is a feature.").map(|secs| Duration::from_secs(secs as u64)),
+                    upstream_keepalive: s.seconds("upstream_keepalive_secs", 30, 1..=3_600, "How long a connection to a guest waits for its next request. Below AWS's least maxIdleDurationSeconds (60), so that idle connections are gone before their microVM falls asleep."),
+                    max_header_bytes: s.count("max_header_bytes", 24 << 10, 10 << 10..=1 << 20, "Bytes of a request header (431). A token has up to 8,000 characters; the rest is room for cookies."),
+                    max_header_fields: s.count("max_header_fields", 100, 16..=256, "Fields of a request header (431). Browsers send about 20, proxies add about 10."),
+                    max_answer_header_bytes: s.count("max_answer_header_bytes", 64 << 10, 4 << 10..=1 << 20, "Bytes of an answer's header that a guest may send (502)."),
+                    max_body_bytes: s.optional_count("max_body_bytes", 0, 0..=1 << 50, "Bytes of a request body (413). 0: any, as nothing is stored on the way.").map(|bytes| bytes as u64),
+                    max_tokens_per_second: s.optional_count("max_tokens_per_second", 100_000, 0..=10_000_000, "Tokens a second that are opened for one address (one /64 of IPv6); more are told 429. Opening one takes 2 to 5 microseconds: no one address gets more than half a core to guess with. 0: any.").map(|rate| rate as u32),
+                    grace: s.seconds("grace_secs", 30, 0..=3_600, "How long running requests may go on after SIGTERM."),
+                },
             }),
             api: r.section("api", |s| Api {
                 listen: s.address("listen", local(9000), "Control API and S3 endpoint (plain HTTP; keep it on a trusted network)."),

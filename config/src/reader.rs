@@ -100,6 +100,11 @@ impl Section<'_> {
         })
     }
 
+    /// A count of which 0 means that there is no limit.
+    pub(crate) fn optional_count(&mut self, key: &'static str, default: usize, range: RangeInclusive<usize>, about: &str) -> Option<usize> {
+        Some(self.count(key, default, range, about)).filter(|count| *count > 0)
+    }
+
     pub(crate) fn seconds(&mut self, key: &'static str, default: usize, range: RangeInclusive<usize>, about: &str) -> Duration {
         Duration::from_secs(self.count(key, default, range, about) as u64)
     }

@@ -20,9 +20,17 @@ fn the_empty_text_gives_the_documented_surfaces() {
 fn values_replace_defaults() {
     let config = Config::parse("[edge]\nlisten = \"[::1]:443\"\nhold_secs = 5\n[engine]\naccelerator = \"kvm\"\n[guest]\nagent = \"/a\"\n").unwrap();
     assert_eq!(config.edge.listen.port(), 443);
-    assert_eq!(config.edge.hold, Duration::from_secs(5));
+    assert_eq!(config.edge.limits.hold, Duration::from_secs(5));
     assert_eq!(config.engine.accelerator, Accelerator::Kvm);
     assert_eq!(config.guest.agent.as_deref(), Some("/a".as_ref()));
+}
+
+#[test]
+fn what_may_be_unlimited_is_so_at_zero() {
+    let limits = Config::parse("[edge]\nfirst_byte_deadline_secs = 30\nmax_body_bytes = 1_000\nmax_tokens_per_second = 0\n").unwrap().edge.limits;
+    assert_eq!((limits.first_byte_deadline, limits.max_body_bytes, limits.max_tokens_per_second), (Some(Duration::from_secs(30)), Some(1_000), None));
+    let limits = Config::defaults().edge.limits;
+    assert_eq!((limits.first_byte_deadline, limits.max_body_bytes, limits.max_tokens_per_second), (None, None, Some(100_000)));
 }
 
 #[test]

@@ -32,7 +32,7 @@ use tokio::{
     time::{Instant, Sleep},
 };
 
-use crate::{access_log, framing::HeaderLimits, meter::HeaderMeter, metrics::{Metrics, Protocol}, reply::Reason};
+use crate::{Limits, access_log, framing::HeaderLimits, meter::HeaderMeter, metrics::{Metrics, Protocol}, reply::Reason};
 
 /// After the last answer on a connection that is closed with input unread: this much is read and thrown away, so that
 /// the close does not reach the client as a reset that overtakes the answer.
@@ -190,10 +190,8 @@ enum TlsEnd {
 /// What the guard needs of the gateway.
 #[derive(Clone)]
 pub(crate) struct GuardSettings {
-    /// See [`crate::GatewayConfig::header_deadline`].
-    pub header_deadline: Duration,
-    /// The most a header may have.
-    pub limits: HeaderLimits,
+    /// The limits in force.
+    pub limits: Limits,
     /// Where early refusals are counted.
     pub metrics: Arc<Metrics>,
 }
@@ -219,8 +217,10 @@ impl Guarded {
     pub fn new(tls: TlsStream<Socket>, socket: Socket, settings: GuardSettings) -> Self {
         let multiplexed = matches!(tls.selected_alpn_proto(), Some(ALPN::H2));
         let turn = u32::from(multiplexed);
-        let meter = HeaderMeter::new(settings.limits);
-        let deadline = (!multiplexed).then(|| Box::pin(tokio::time::sleep(settings.header_deadline)));
+        let limits = settings.limits.load();
+        let meter = HeaderMeter::new(HeaderLimits::of(&limits));
+        let deadline = (!multiplexed).then(|| Box::pin(tokio::time::sleep(limits.header_deadline)));
+        drop(limits);
         Self { tls, socket, settings, turn: AtomicU32::new(turn), metered_turn: turn, meter, deadline, refused: None, closing: None }
     }
 
@@ -273,7 +273,7 @@ impl AsyncRead for Guarded {
         if turn != this.metered_turn {
             // A new header. Until its first byte only the keepalive timeout runs, which pingora keeps.
             this.metered_turn = turn;
-            this.meter = HeaderMeter::new(this.settings.limits);
+            this.meter = HeaderMeter::new(HeaderLimits::of(&this.settings.limits.load()));
             this.deadline = None;
         }
         if this.refused_in(turn).is_some() {
@@ -292,7 +292,7 @@ impl AsyncRead for Guarded {
             this.refused = Some((turn, Reason::HeaderTooLarge));
         }
         if this.meter.has_begun() && this.deadline.is_none() {
-            this.deadline = Some(Box::pin(tokio::time::sleep_until(Instant::now() + this.settings.header_deadline)));
+            this.deadline = Some(Box::pin(tokio::time::sleep_until(Instant::now() + this.settings.limits.load().header_deadline)));
         }
         Poll::Ready(Ok(()))
     }

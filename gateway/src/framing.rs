@@ -1,5 +1,6 @@
 //! Rules for a request beyond what its parser enforces: one reading of where its body ends, a bounded header, no tunnels.
 
+use ::config::EdgeLimits;
 use http::{HeaderMap, Method, Version, header};
 
 use crate::reply::Reason;
@@ -11,6 +12,13 @@ pub(crate) struct HeaderLimits {
     pub bytes: usize,
     /// Fields.
     pub fields: usize,
+}
+
+impl HeaderLimits {
+    /// Those of the configuration.
+    pub fn of(limits: &EdgeLimits) -> Self {
+        Self { bytes: limits.max_header_bytes, fields: limits.max_header_fields }
+    }
 }
 
 /// Checks a parsed request. `raw` is its header as it came (HTTP/1.1; empty for HTTP/2), because the parser has already

@@ -38,6 +38,7 @@ mod websocket;
 
 use std::{fs, net::SocketAddr, sync::Arc};
 
+use ::config::EdgeLimits;
 use idle_controller::Controller;
 use pingora_core::{
     apps::HttpServerOptions,
@@ -49,26 +50,17 @@ use token::KeyRing;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-pub use config::GatewayConfig;
+pub use config::{GatewayConfig, Limits};
 pub use error::GatewayError;
 pub use tls::Tls;
 
 use crate::{
     connection::GuardSettings,
-    framing::HeaderLimits,
     metrics::Metrics,
     service::Service,
     upstream::{connector::Peers, links::Links},
 };
 
-/// Streams at a time on a client's HTTP/2 connection. Together with the header limit this bounds what a header bomb can
-/// make us hold: 100 × 24 KiB per connection (pingora.md §4). Not below 100: clients open that many before they have read
-/// our settings, and those beyond the limit are refused.
-const STREAMS: u32 = 100;
-/// What a client may send ahead of its guest, per stream and per connection. AWS's fixed 64 KiB throttles uploads
-/// (aws-behaviour §1.4); this carries 40 MB/s over 100 ms.
-const STREAM_WINDOW: u32 = 1 << 20;
-const CONNECTION_WINDOW: u32 = 1 << 22;
 /// Streams a client may make us reset before its connection is closed; a client that opens too many at once, which is
 /// no attack, stays below it.
 const RESETS: usize = 256;
@@ -82,7 +74,7 @@ pub struct Gateway {
     proxy: Arc<HttpProxy<Service>>,
     links: Arc<Links>,
     tls: Tls,
-    limits: listener::Limits,
+    limits: Limits,
     guard: GuardSettings,
 }
 
@@ -100,20 +92,12 @@ impl Gateway {
         let local_addr = listener.local_addr().map_err(listen)?;
         let metrics = Arc::new(Metrics::register(metrics).map_err(GatewayError::Metrics)?);
         let links = Arc::new(Links::open(&config.runtime_dir, metrics.upstream_streams.clone())?);
-        let limits = listener::Limits {
-            connections: config.max_connections,
-            per_address: config.max_connections_per_address,
-            handshake_deadline: config.handshake_deadline,
-            grace: config.grace,
-        };
-        let guard = GuardSettings {
-            header_deadline: config.header_deadline,
-            limits: HeaderLimits { bytes: config.max_header_bytes, fields: config.max_header_fields },
-            metrics: metrics.clone(),
-        };
+        let limits = Limits::new(config.limits);
+        let guard = GuardSettings { limits: limits.clone(), metrics: metrics.clone() };
         let proxy = proxy(Service {
-            peers: Peers::new(links.clone(), config.upstream_keepalive, config.dial_deadline),
-            config,
+            peers: Peers::new(links.clone(), limits.clone()),
+            domain_suffix: config.domain_suffix,
+            limits: limits.clone(),
             controller,
             keys,
             metrics,
@@ -126,10 +110,15 @@ impl Gateway {
         self.local_addr
     }
 
+    /// The limits in force, to be replaced while it serves.
+    pub fn limits(&self) -> Limits {
+        self.limits.clone()
+    }
+
     /// Serves until `shutdown` fires, then takes nothing new (HTTP/2 clients read GOAWAY, idle connections are closed),
-    /// lets what runs finish for at most [`GatewayConfig::grace`], and returns as soon as nothing is left.
+    /// lets what runs finish for at most [`EdgeLimits::grace`], and returns as soon as nothing is left.
     pub async fn serve(self, shutdown: CancellationToken) {
-        listener::serve(self.listener, self.proxy, self.tls, self.limits, self.guard, shutdown).await;
+        listener::serve(self.listener, self.proxy, self.tls, self.guard, shutdown).await;
         self.links.close().await;
     }
 }
@@ -145,16 +134,16 @@ fn proxy(service: Service) -> Result<HttpProxy<Service>, GatewayError> {
         threads: 1,
         ..ServerConf::default()
     };
-    let (header_bytes, keepalive) = (service.config.max_header_bytes, service.config.keepalive);
+    let limits = EdgeLimits::clone(&service.limits.load());
     let mut proxy = pingora_proxy::http_proxy(&Arc::new(conf), service);
     let mut options = HttpServerOptions::default();
-    options.h2_idle_timeout = Some(keepalive);
+    options.h2_idle_timeout = Some(limits.keepalive);
     proxy.server_options = Some(options);
     let mut h2 = H2Options::new();
-    h2.max_concurrent_streams(STREAMS)
-        .max_header_list_size(u32::try_from(header_bytes).unwrap_or(u32::MAX))
-        .initial_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(CONNECTION_WINDOW)
+    h2.max_concurrent_streams(limits.max_streams)
+        .max_header_list_size(u32::try_from(limits.max_header_bytes).unwrap_or(u32::MAX))
+        .initial_window_size(limits.stream_window)
+        .initial_connection_window_size(limits.connection_window)
         .max_local_error_reset_streams(Some(RESETS));
     proxy.h2_options = Some(h2);
     Ok(proxy)

@@ -16,7 +16,7 @@ use pingora_proxy::HttpProxy;
 use rustix::io::Errno;
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::{OwnedSemaphorePermit, Semaphore, watch},
+    sync::watch,
     task::JoinSet,
 };
 use tokio_util::sync::CancellationToken;
@@ -32,51 +32,39 @@ use crate::{
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
-/// How connections are taken.
-pub(crate) struct Limits {
-    /// See [`crate::GatewayConfig::max_connections`].
-    pub connections: usize,
-    /// See [`crate::GatewayConfig::max_connections_per_address`].
-    pub per_address: usize,
-    /// See [`crate::GatewayConfig::handshake_deadline`].
-    pub handshake_deadline: Duration,
-    /// See [`crate::GatewayConfig::grace`].
-    pub grace: Duration,
-}
-
 /// Takes connections until `stop` fires, then drains.
 pub(crate) async fn serve(
     listener: TcpListener,
     proxy: Arc<HttpProxy<Service>>,
     tls: Tls,
-    limits: Limits,
     guard: GuardSettings,
     stop: CancellationToken,
 ) {
-    let places = Arc::new(Semaphore::new(limits.connections));
     let crowd = Arc::new(Crowd::default());
     let metrics = guard.metrics.clone();
     let (announce, watch) = watch::channel(false);
+    let mut changed = guard.limits.watch();
     let mut connections = JoinSet::new();
     let mut pause = FIRST_PAUSE;
     loop {
+        let places = guard.limits.load().max_connections;
         let accepted = tokio::select! {
-            // Stopping comes first; reaping never waits. All arms may be dropped at any await: a place that was taken
-            // without a connection is given back by its drop.
+            // Stopping comes first; reaping never waits. All arms may be dropped at any await.
             biased;
             () = stop.cancelled() => break,
             Some(_) = connections.join_next(), if !connections.is_empty() => continue,
-            accepted = accept(&listener, &places) => accepted,
+            Ok(()) = changed.changed() => continue,
+            accepted = listener.accept(), if connections.len() < places => accepted,
         };
         match accepted {
-            Ok((place, tcp, peer)) => {
+            Ok((tcp, peer)) => {
                 pause = FIRST_PAUSE;
-                let Some(member) = crowd.admit(peer.ip(), limits.per_address) else {
+                let limits = guard.limits.load();
+                let Some(member) = crowd.admit(peer.ip(), limits.max_connections_per_address) else {
                     metrics.connections_refused.inc();
                     continue;
                 };
                 let task = Connection {
-                    _place: place,
                     _member: member,
                     _open: Open::new(&metrics.connections),
                     deadline: limits.handshake_deadline,
@@ -98,13 +86,8 @@ pub(crate) async fn serve(
         }
     }
     drop(listener);
-    drain(connections, &proxy, &announce, limits.grace).await;
-}
-
-async fn accept(listener: &TcpListener, places: &Arc<Semaphore>) -> io::Result<(OwnedSemaphorePermit, TcpStream, SocketAddr)> {
-    let place = places.clone().acquire_owned().await.map_err(io::Error::other)?;
-    let (tcp, peer) = listener.accept().await?;
-    Ok((place, tcp, peer))
+    let grace = guard.limits.load().grace;
+    drain(connections, &proxy, &announce, grace).await;
 }
 
 /// Says GOAWAY, closes what idles, and waits for the rest: at most `grace`, and no longer than needed.
@@ -128,7 +111,6 @@ fn is_shortage(error: &io::Error) -> bool {
 
 /// One client's connection: what it occupies until its end.
 struct Connection {
-    _place: OwnedSemaphorePermit,
     _member: Member,
     _open: Open,
     deadline: Duration,

@@ -29,7 +29,7 @@ use token::KeyRing;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::{
-    GatewayConfig, access_log,
+    Limits, access_log,
     auth::permit::Permit,
     connection::Guarded,
     context::{Context, Watch},
@@ -59,8 +59,10 @@ const SWALLOW_TIME: Duration = Duration::from_secs(2);
 
 /// The gateway's service.
 pub(crate) struct Service {
-    /// The settings.
-    pub config: GatewayConfig,
+    /// Endpoints are `<uuid>.<domain_suffix>`.
+    pub domain_suffix: String,
+    /// The limits in force.
+    pub limits: Limits,
     /// The microVMs.
     pub controller: Controller,
     /// Opens tokens.
@@ -82,12 +84,12 @@ enum Afterwards {
 
 impl Service {
     fn header_limits(&self) -> framing::HeaderLimits {
-        framing::HeaderLimits { bytes: self.config.max_header_bytes, fields: self.config.max_header_fields }
+        framing::HeaderLimits::of(&self.limits.load())
     }
 
     /// Everything that is decided before any state is touched.
     fn permit(&self, request: &RequestHeader, handshake: Option<&Handshake>) -> Result<Permit, Reason> {
-        let route = Route::of(&request.uri, &request.headers, &self.config.domain_suffix);
+        let route = Route::of(&request.uri, &request.headers, &self.domain_suffix);
         let timer = self.metrics.token_open_seconds.start_timer();
         let permit = Permit::check(&self.keys, &self.controller, route, &request.headers, handshake, SystemClock.wall());
         timer.observe_duration();
@@ -95,7 +97,7 @@ impl Service {
     }
 
     fn check_body(&self, headers: &HeaderMap) -> Result<(), Reason> {
-        match (self.config.max_body_bytes, framing::stated_length(headers)) {
+        match (self.limits.load().max_body_bytes, framing::stated_length(headers)) {
             (Some(limit), Some(length)) if length > limit => Err(Reason::BodyTooLarge),
             _ => Ok(()),
         }
@@ -188,7 +190,7 @@ impl ProxyHttp for Service {
     type CTX = Context;
 
     fn new_ctx(&self) -> Context {
-        Context::new(self.config.hold)
+        Context::new(self.limits.load().hold)
     }
 
     /// None: the default one brings compression, which we never do.
@@ -223,11 +225,11 @@ impl ProxyHttp for Service {
         // request there is none: what follows may be the other protocol's bytes, never a request.
         session.set_pipelining_enabled(ctx.handshake.is_none());
         if session.get_keepalive().is_some() {
-            session.set_keepalive(Some(self.config.keepalive.as_secs().max(1)));
+            session.set_keepalive(Some(self.limits.load().keepalive.as_secs().max(1)));
         }
         // A WebSocket may be silent for as long as it likes; pingora would end it after its 60 s read timeout.
-        session.set_read_timeout(ctx.handshake.is_none().then_some(self.config.body_deadline));
-        session.set_write_timeout(Some(self.config.write_deadline));
+        session.set_read_timeout(ctx.handshake.is_none().then_some(self.limits.load().body_deadline));
+        session.set_write_timeout(Some(self.limits.load().write_deadline));
         session.set_total_drain_timeout(Some(SWALLOW_TIME));
         Ok(())
     }
@@ -335,7 +337,7 @@ impl ProxyHttp for Service {
             return Err(Self::fail(ctx, Reason::Internal));
         }
         // A connection of HTTP/2 carries other requests too, and is not cut for one of them.
-        if let (Some(limit), Some(link), Speaks::Http1) = (self.config.first_byte_deadline, &link, ctx.speaks) {
+        if let (Some(limit), Some(link), Speaks::Http1) = (self.limits.load().first_byte_deadline, &link, ctx.speaks) {
             let (link, silent) = (link.clone(), ctx.silent.clone());
             ctx.first_byte = Some(AbortOnDropHandle::new(links.watch(async move {
                 tokio::time::sleep(limit).await;
@@ -390,7 +392,7 @@ impl ProxyHttp for Service {
             ctx.bytes_in += length as u64;
             self.metrics.bytes_in.inc_by(length as u64);
             ctx.touch();
-            if !session.was_upgraded() && self.config.max_body_bytes.is_some_and(|limit| ctx.bytes_in > limit) {
+            if !session.was_upgraded() && self.limits.load().max_body_bytes.is_some_and(|limit| ctx.bytes_in > limit) {
                 return Err(Self::fail(ctx, Reason::BodyTooLarge));
             }
         } else if end_of_stream {
@@ -402,7 +404,7 @@ impl ProxyHttp for Service {
     }
 
     async fn upstream_response_filter(&self, session: &mut Session, answer: &mut ResponseHeader, ctx: &mut Context) -> Result<()> {
-        if headers::bytes(&answer.headers) > self.config.max_answer_header_bytes {
+        if headers::bytes(&answer.headers) > self.limits.load().max_answer_header_bytes {
             return Err(Self::fail(ctx, Reason::GuestHeaderTooLarge));
         }
         if let Err(reason) = websocket::check_switch(answer.status, ctx.handshake.as_ref()) {

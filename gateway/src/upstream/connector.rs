@@ -21,7 +21,7 @@ use super::{
     guest_socket::GuestSocket,
     links::{Links, Speaks, Target},
 };
-use crate::reply::Reason;
+use crate::{Limits, reply::Reason};
 
 /// Streams at a time on one HTTP/2 connection to an app; pingora's default is 1.
 const STREAMS: usize = 100;
@@ -46,14 +46,13 @@ pub(crate) type FailureSlot = Arc<OnceLock<DialFailure>>;
 pub(crate) struct Peers {
     links: Arc<Links>,
     keys: RandomState,
-    keepalive: Duration,
-    dial_deadline: Duration,
+    limits: Limits,
 }
 
 impl Peers {
     /// Peers whose connections are tied in `links`.
-    pub fn new(links: Arc<Links>, keepalive: Duration, dial_deadline: Duration) -> Self {
-        Self { links, keys: RandomState::new(), keepalive, dial_deadline }
+    pub fn new(links: Arc<Links>, limits: Limits) -> Self {
+        Self { links, keys: RandomState::new(), limits }
     }
 
     /// The links of all connections made.
@@ -65,7 +64,7 @@ impl Peers {
     pub fn peer(&self, target: Target, awake: &Arc<Awake>, failure: &FailureSlot) -> Result<HttpPeer> {
         let mut peer = HttpPeer::new_uds(self.links.path(), false, String::new())?;
         let options = &mut peer.options;
-        options.idle_timeout = Some(self.keepalive);
+        options.idle_timeout = Some(self.limits.load().upstream_keepalive);
         match target.speaks {
             Speaks::Http1 => options.http_upstream_request_policy = HttpUpstreamRequestPolicy::deny_upgrades(),
             Speaks::Http2 => {
@@ -85,7 +84,7 @@ impl Peers {
             links: self.links.clone(),
             target,
             awake: awake.clone(),
-            deadline: self.dial_deadline,
+            deadline: self.limits.load().dial_deadline,
             failure: failure.clone(),
         }));
         Ok(peer)

@@ -9,6 +9,7 @@ mod eager;
 mod forwarding;
 mod hostile;
 mod lifecycle;
+mod limits;
 mod log;
 mod pingora;
 mod rig;

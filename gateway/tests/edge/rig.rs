@@ -8,7 +8,8 @@ use std::{
 };
 
 use bytes::Bytes;
-use gateway::{Gateway, GatewayConfig, Tls};
+use config::{Config, EdgeLimits};
+use gateway::{Gateway, GatewayConfig, Limits, Tls};
 use http::{Request, Response};
 use http_body_util::{BodyExt as _, Full, combinators::BoxBody};
 use hyper::body::Incoming;
@@ -56,6 +57,7 @@ pub struct Rig {
     pub keys: KeyRing,
     pub address: SocketAddr,
     pub metrics: prometheus::Registry,
+    pub limits: Limits,
     tls: Tls,
     pub stop: CancellationToken,
     pub served: Option<JoinHandle<()>>,
@@ -68,13 +70,13 @@ impl Rig {
         Self::with(|_| {}).await
     }
 
-    pub async fn with(change: impl FnOnce(&mut GatewayConfig)) -> Self {
+    pub async fn with(change: impl FnOnce(&mut EdgeLimits)) -> Self {
         let engine = LoopbackEngine::new();
         Self::over(engine.clone(), Arc::new(engine), change).await
     }
 
     /// Over an engine that wraps a loopback engine.
-    pub async fn over(engine: LoopbackEngine, wrapper: Arc<dyn Engine>, change: impl FnOnce(&mut GatewayConfig)) -> Self {
+    pub async fn over(engine: LoopbackEngine, wrapper: Arc<dyn Engine>, change: impl FnOnce(&mut EdgeLimits)) -> Self {
         let dir = tempfile::tempdir_in("/tmp").unwrap();
         let metrics = prometheus::Registry::new();
         let controller = Controller::open(
@@ -93,20 +95,20 @@ impl Rig {
         .unwrap();
         let keys = KeyRing::open_or_create(&dir.path().join("keys")).unwrap();
         let authority = Authority::new();
-        let mut config = GatewayConfig {
+        let mut limits = EdgeLimits { hold: Duration::from_secs(10), grace: Duration::from_secs(10), ..Config::defaults().edge.limits };
+        change(&mut limits);
+        let config = GatewayConfig {
             listen: "127.0.0.1:0".parse().unwrap(),
+            domain_suffix: SUFFIX.to_owned(),
             runtime_dir: dir.path().to_owned(),
-            hold: Duration::from_secs(10),
-            grace: Duration::from_secs(10),
-            ..GatewayConfig::default()
+            limits,
         };
-        change(&mut config);
         let tls = Tls::from(Arc::new(authority.server()));
         let gateway = Gateway::bind(config, controller.clone(), keys.clone(), tls.clone(), &metrics).await.unwrap();
-        let address = gateway.local_addr();
+        let (address, limits) = (gateway.local_addr(), gateway.limits());
         let stop = CancellationToken::new();
         let served = tokio::spawn(gateway.serve(stop.clone()));
-        Self { engine, controller, keys, address, metrics, tls, stop, served: Some(served), authority, _dir: dir }
+        Self { engine, controller, keys, address, metrics, limits, tls, stop, served: Some(served), authority, _dir: dir }
     }
 
     /// A microVM that runs, with this app on its port 8080.
