@@ -234,11 +234,11 @@ impl Guarded {
         self.socket.clone()
     }
 
-    /// A header was read whole; its request is under way.
-    pub fn begin_request(&self) {
-        if self.turn.load(Ordering::Relaxed).is_multiple_of(2) {
-            self.turn.fetch_add(1, Ordering::Relaxed);
-        }
+    /// A header was read whole; its request is under way. Why it is refused, if what was seen of it is reason enough.
+    pub fn begin_request(&self) -> Option<Reason> {
+        let turn = self.header_turn()?;
+        self.turn.fetch_add(1, Ordering::Relaxed);
+        self.refused_in(turn)
     }
 
     /// The request is answered; the next header is awaited.
@@ -277,7 +277,7 @@ impl AsyncRead for Guarded {
             this.deadline = None;
         }
         if this.refused_in(turn).is_some() {
-            return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, "the request header is too large")));
+            return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, "the request header is refused")));
         }
         if let Some(deadline) = &mut this.deadline
             && deadline.as_mut().poll(cx).is_ready()
@@ -288,8 +288,8 @@ impl AsyncRead for Guarded {
         ready!(Pin::new(&mut this.tls).poll_read(cx, buf))?;
         // The bytes are handed on in any case: pingora closes without an answer if the very first read fails. If they
         // complete the header, the rules for whole requests refuse it; if not, the next read fails.
-        if !this.meter.feed(&buf.filled()[before..]) {
-            this.refused = Some((turn, Reason::HeaderTooLarge));
+        if let Err(reason) = this.meter.feed(&buf.filled()[before..]) {
+            this.refused = Some((turn, reason));
         }
         if this.meter.has_begun() && this.deadline.is_none() {
             this.deadline = Some(Box::pin(tokio::time::sleep_until(Instant::now() + this.settings.limits.load().header_deadline)));
@@ -300,14 +300,13 @@ impl AsyncRead for Guarded {
 
 impl AsyncWrite for Guarded {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        // What is answered while a header is awaited is pingora's own: the header could not be parsed, or the method is
-        // CONNECT. Our answer follows in `shutdown`, which pingora calls next.
+        // What is answered while a header is awaited is pingora's own: the header could not be parsed. Our answer follows in
+        // `shutdown`, which pingora calls next.
         if let Some(turn) = self.header_turn()
-            && let Some(status) = buf.strip_prefix(b"HTTP/1.1 ")
+            && buf.starts_with(b"HTTP/1.1 ")
         {
             if self.refused_in(turn).is_none() {
-                let reason = if status.starts_with(b"405") { Reason::MethodNotAllowed } else { Reason::MalformedRequest };
-                self.refused = Some((turn, reason));
+                self.refused = Some((turn, Reason::MalformedRequest));
             }
             return Poll::Ready(Ok(buf.len()));
         }

@@ -29,6 +29,8 @@ pub(crate) struct Context {
     pub protocol: Protocol,
     /// Counts the request as open.
     pub open: Option<Open>,
+    /// Why it is refused for what its header looked like on the wire.
+    pub malformed: Option<Reason>,
     /// Whose form an answer of ours takes.
     pub asker: Asker,
     /// The WebSocket handshake, if the request is one.
@@ -90,6 +92,7 @@ impl Context {
             begun,
             protocol: Protocol::Http1,
             open: None,
+            malformed: None,
             asker: Asker::Plain,
             handshake: None,
             permit: None,

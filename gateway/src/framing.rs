@@ -31,8 +31,16 @@ pub(crate) fn check(method: &Method, version: Version, headers: &HeaderMap, raw:
     if headers.len() > limits.fields || crate::headers::bytes(headers) > limits.bytes || raw.len() > limits.bytes {
         return Err(Reason::HeaderTooLarge);
     }
+    // pingora takes a bare LF for the end of a line, and what stands before us or behind us may not (RFC 9112 §2.2 leaves
+    // it open). What comes in two readings is refused.
+    if raw.iter().scan(b'\n', |before, byte| Some((std::mem::replace(before, *byte), *byte))).any(|pair| pair.1 == b'\n' && pair.0 != b'\r') {
+        return Err(Reason::MalformedRequest);
+    }
     // RFC 9112 §3.2; pingora lets it through.
     if version == Version::HTTP_11 && !headers.contains_key(header::HOST) {
+        return Err(Reason::MalformedRequest);
+    }
+    if names_end_to_end_field(headers) {
         return Err(Reason::MalformedRequest);
     }
     let codings: Vec<_> = headers.get_all(header::TRANSFER_ENCODING).iter().collect();
@@ -55,6 +63,14 @@ pub(crate) fn check(method: &Method, version: Version, headers: &HeaderMap, raw:
         }
     }
     Ok(())
+}
+
+/// Whether Connection names a field that says who is asked or where the body ends: a proxy that takes the fields it names
+/// away would change what the request is (RFC 9110 §7.6.1 forbids naming such fields).
+fn names_end_to_end_field(headers: &HeaderMap) -> bool {
+    let named = headers.get_all(header::CONNECTION).iter().flat_map(|value| value.as_bytes().split(|byte| *byte == b','));
+    let fixed = [header::HOST, header::CONTENT_LENGTH, header::TRANSFER_ENCODING];
+    named.map(<[u8]>::trim_ascii).any(|name| fixed.iter().any(|fixed| name.eq_ignore_ascii_case(fixed.as_str().as_bytes())))
 }
 
 /// The length of the body, where the request states it.
@@ -103,6 +119,29 @@ mod tests {
         for bad in ["3, 3", "+3", "-1", "0x3", ""] {
             assert_eq!(verdict(Method::POST, &[("content-length", bad)], ""), Err(Ambiguous), "{bad}");
         }
+    }
+
+    #[test]
+    fn a_line_ends_with_both_of_its_characters() {
+        let get = |raw| verdict(Method::GET, &[], raw);
+        assert_eq!(get("GET / HTTP/1.1\r\nhost: h\r\n\r\n"), Ok(()));
+        for bare in ["\nGET / HTTP/1.1\r\n\r\n", "GET / HTTP/1.1\nhost: h\r\n\r\n", "GET / HTTP/1.1\r\nhost: h\n\r\n", "GET / HTTP/1.1\r\nhost: h\r\n\n"] {
+            assert_eq!(get(bare), Err(Reason::MalformedRequest), "{bare:?}");
+        }
+    }
+
+    #[test]
+    fn connection_names_nothing_that_frames_or_routes() {
+        for (value, expected) in [
+            ("close", Ok(())),
+            ("keep-alive, x-custom", Ok(())),
+            ("close, Content-Length", Err(Reason::MalformedRequest)),
+            ("transfer-encoding", Err(Reason::MalformedRequest)),
+            ("x,HOST ,y", Err(Reason::MalformedRequest)),
+        ] {
+            assert_eq!(verdict(Method::GET, &[("connection", value)], ""), expected, "{value}");
+        }
+        assert_eq!(verdict(Method::GET, &[("connection", "close"), ("connection", "host")], ""), Err(Reason::MalformedRequest));
     }
 
     #[test]

@@ -138,6 +138,8 @@ fn proxy(service: Service) -> Result<HttpProxy<Service>, GatewayError> {
     let mut proxy = pingora_proxy::http_proxy(&Arc::new(conf), service);
     let mut options = HttpServerOptions::default();
     options.h2_idle_timeout = Some(limits.keepalive);
+    // pingora would refuse CONNECT by itself and without a reason. It is refused in `framing`, as any tunnel.
+    options.allow_connect_method_proxying = true;
     proxy.server_options = Some(options);
     let mut h2 = H2Options::new();
     h2.max_concurrent_streams(limits.max_streams)

@@ -1,9 +1,10 @@
-//! Watches the bytes of an HTTP/1.1 request header go by and says when there are too many of them or too many lines.
+//! Watches the bytes of an HTTP/1.1 request header go by and says when there are too many of them or too many lines, or when
+//! the request line is none.
 //!
-//! pingora reads a header of up to 1 MiB and 256 fields before anyone can refuse it (pingora.md §2). This stops it early,
-//! with the status that says why.
+//! pingora reads a header of up to 1 MiB and 256 fields before anyone can refuse it (pingora.md §2), and mends request lines:
+//! `GET /a b HTTP/1.1` becomes `/a%20b`, and a NUL `%00`. This stops both early, with the status that says why.
 
-use crate::framing::HeaderLimits;
+use crate::{framing::HeaderLimits, reply::Reason};
 
 /// The state of one header.
 #[derive(Debug)]
@@ -12,13 +13,16 @@ pub(crate) struct HeaderMeter {
     bytes: usize,
     lines: usize,
     line_is_empty: bool,
+    /// Blanks in the request line.
+    blanks: usize,
+    malformed: bool,
     ended: bool,
 }
 
 impl HeaderMeter {
     /// For a header of which nothing has come.
     pub fn new(limits: HeaderLimits) -> Self {
-        Self { limits, bytes: 0, lines: 0, line_is_empty: true, ended: false }
+        Self { limits, bytes: 0, lines: 0, line_is_empty: true, blanks: 0, malformed: false, ended: false }
     }
 
     /// Whether anything has come.
@@ -26,8 +30,8 @@ impl HeaderMeter {
         self.bytes > 0
     }
 
-    /// Takes the next bytes; `false` once the header is too large. What follows the header does not count.
-    pub fn feed(&mut self, bytes: &[u8]) -> bool {
+    /// Takes the next bytes; why the header is refused, once it is. What follows the header does not count.
+    pub fn feed(&mut self, bytes: &[u8]) -> Result<(), Reason> {
         for byte in bytes {
             if self.ended {
                 break;
@@ -37,15 +41,26 @@ impl HeaderMeter {
                 // Blank lines before a request line are allowed (RFC 9112 §2.2) and end nothing.
                 b'\n' if self.line_is_empty => self.ended = self.lines > 0,
                 b'\n' => {
+                    // A method, a target, a version (RFC 9112 §3).
+                    self.malformed |= self.lines == 0 && self.blanks != 2;
                     self.lines += 1;
                     self.line_is_empty = true;
                 }
                 b'\r' => {}
-                _ => self.line_is_empty = false,
+                _ => {
+                    self.line_is_empty = false;
+                    if self.lines == 0 {
+                        self.blanks += usize::from(*byte == b' ');
+                        self.malformed |= *byte < b' ' || *byte == 0x7f;
+                    }
+                }
             }
         }
         // The request line is one line more than there are fields.
-        self.bytes <= self.limits.bytes && self.lines <= self.limits.fields + 1
+        if self.bytes > self.limits.bytes || self.lines > self.limits.fields + 1 {
+            return Err(Reason::HeaderTooLarge);
+        }
+        if self.malformed { Err(Reason::MalformedRequest) } else { Ok(()) }
     }
 }
 
@@ -62,9 +77,9 @@ mod tests {
         for end in ["\r\n", "\n"] {
             let mut meter = meter();
             assert!(!meter.has_begun());
-            assert!(meter.feed(format!("GET / HTTP/1.1{end}a: 1{end}{end}").as_bytes()));
+            assert_eq!(meter.feed(format!("GET / HTTP/1.1{end}a: 1{end}{end}").as_bytes()), Ok(()));
             assert!(meter.has_begun());
-            assert!(meter.feed(&b"x\n".repeat(1000)));
+            assert_eq!(meter.feed(&b"x y z\n\0".repeat(1000)), Ok(()));
         }
     }
 
@@ -74,12 +89,26 @@ mod tests {
         let bytes = format!("GET /{} HTTP/1.1\r\n", "x".repeat(100));
         for (text, step) in [(fields, 1), (fields, 7), (fields, 1000), (&bytes, 1), (&bytes, 1000)] {
             let mut meter = meter();
-            assert!(!text.as_bytes().chunks(step).all(|chunk| meter.feed(chunk)), "{text:?} in steps of {step}");
+            let refused = text.as_bytes().chunks(step).find_map(|chunk| meter.feed(chunk).err());
+            assert_eq!(refused, Some(Reason::HeaderTooLarge), "{text:?} in steps of {step}");
         }
     }
 
     #[test]
     fn as_many_as_allowed_pass() {
-        assert!(meter().feed(b"\r\nGET / HTTP/1.1\r\na: 1\r\nb: 2\r\nc: 3\r\n\r\n"));
+        assert_eq!(meter().feed(b"\r\nGET / HTTP/1.1\r\na: 1\r\nb: 2\r\nc: 3\r\n\r\n"), Ok(()));
+    }
+
+    #[test]
+    fn a_request_line_has_three_words_and_no_control_characters() {
+        for line in ["GET /a b HTTP/1.1", "GET  / HTTP/1.1", " GET / HTTP/1.1", "GET / HTTP/1.1 ", "GET /", "x", "GET /\0 HTTP/1.1", "GET\t/ HTTP/1.1", "GET /\x7f HTTP/1.1"] {
+            for step in [1, 1000] {
+                let mut meter = meter();
+                let text = format!("{line}\r\na: b c d\te\r\n\r\n");
+                let refused = text.as_bytes().chunks(step).find_map(|chunk| meter.feed(chunk).err());
+                assert_eq!(refused, Some(Reason::MalformedRequest), "{line:?} in steps of {step}");
+            }
+        }
+        assert_eq!(meter().feed("GET /ä%00?q=\"<> HTTP/1.1\r\na: b c d\te\r\n\r\n".as_bytes()), Ok(()));
     }
 }

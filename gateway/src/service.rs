@@ -53,6 +53,8 @@ const MAX_INTERIM: u8 = 16;
 /// An answer of unknown length is being computed as long as more of it comes; after this long without a byte it is a
 /// stream that is held open, which is no activity (design §3).
 const STREAM_SILENCE: Duration = Duration::from_secs(10);
+/// Fields of a guest's answer. An app sets a few dozen; pingora's own limit for HTTP/1.1 is 256, and for HTTP/2 there is none.
+const MAX_ANSWER_FIELDS: usize = 200;
 /// The body of a refused request is read and thrown away up to this size and time, so that its connection can go on.
 const MAX_SWALLOWED: usize = 64 * 1024;
 const SWALLOW_TIME: Duration = Duration::from_secs(2);
@@ -153,6 +155,8 @@ impl Service {
         match (error.esource(), error.etype()) {
             (ErrorSource::Downstream, ErrorType::ReadTimedout) => Some(Reason::BodyTimeout),
             (ErrorSource::Downstream, ErrorType::InvalidHTTPHeader) => Some(Reason::MalformedRequest),
+            // pingora's names for a body whose chunks or trailers cannot be told apart.
+            (ErrorSource::Downstream, kind) if ["InvalidChunk", "InvalidTrailerEnd"].contains(&kind.as_str()) => Some(Reason::MalformedRequest),
             // The client is gone, or breaks the rules of HTTP/2 and has been told so by a reset.
             (ErrorSource::Downstream, _) => None,
             (ErrorSource::Upstream, ErrorType::ConnectTimedout) => Some(Reason::GuestTimeout),
@@ -197,9 +201,7 @@ impl ProxyHttp for Service {
     fn init_downstream_modules(&self, _modules: &mut HttpModules) {}
 
     async fn early_request_filter(&self, session: &mut Session, ctx: &mut Context) -> Result<()> {
-        if let Some(connection) = Guarded::of(session) {
-            connection.begin_request();
-        }
+        ctx.malformed = Guarded::of(session).and_then(Guarded::begin_request);
         let request = session.req_header();
         ctx.handshake = Handshake::read(&request.method, request.version, &request.headers);
         // Over HTTP/1.1 the content type means a bridge such as gRPC-Web, whose answers have bodies.
@@ -237,7 +239,8 @@ impl ProxyHttp for Service {
     async fn request_filter(&self, session: &mut Session, ctx: &mut Context) -> Result<bool> {
         let raw = if session.is_http2() { Bytes::new() } else { session.to_h1_raw() };
         let request = session.req_header();
-        if let Err(reason) = framing::check(&request.method, request.version, &request.headers, &raw, self.header_limits()) {
+        let framed = framing::check(&request.method, request.version, &request.headers, &raw, self.header_limits());
+        if let Some(reason) = ctx.malformed.or(framed.err()) {
             self.refuse(session, ctx, reason, Afterwards::Close).await?;
             return Ok(true);
         }
@@ -404,7 +407,7 @@ impl ProxyHttp for Service {
     }
 
     async fn upstream_response_filter(&self, session: &mut Session, answer: &mut ResponseHeader, ctx: &mut Context) -> Result<()> {
-        if headers::bytes(&answer.headers) > self.limits.load().max_answer_header_bytes {
+        if headers::bytes(&answer.headers) > self.limits.load().max_answer_header_bytes || answer.headers.len() > MAX_ANSWER_FIELDS {
             return Err(Self::fail(ctx, Reason::GuestHeaderTooLarge));
         }
         if let Err(reason) = websocket::check_switch(answer.status, ctx.handshake.as_ref()) {
@@ -487,9 +490,10 @@ impl ProxyHttp for Service {
         };
         ctx.reason = Some(reason);
         if reason == Reason::Internal {
-            tracing::error!(request.id = ctx.request_id, error = %error, "a request failed inside the gateway");
+            tracing::error!(request.id = ctx.request_id, error = error.etype().as_str(), side = error.esource().as_str(), "a request failed inside the gateway");
         } else {
-            tracing::debug!(request.id = ctx.request_id, error = %error, "a request failed");
+            // Not the error itself: it holds what the guest or the client sent.
+            tracing::debug!(request.id = ctx.request_id, error = error.etype().as_str(), side = error.esource().as_str(), "a request failed");
         }
         // An answer that has begun is cut short by the close, which its client can see.
         if !begun && self.refuse(session, ctx, reason, Afterwards::Close).await.is_ok() && !session.is_http2() {

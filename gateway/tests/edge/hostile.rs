@@ -54,6 +54,17 @@ async fn malformed_requests_are_refused_with_a_reason_and_reach_nobody() {
         ("another host in the target", format!("GET http://other/ HTTP/1.1\r\n{good}\r\n"), "400", "malformed-request"),
         ("userinfo", format!("GET / HTTP/1.1\r\nhost: u@{host}\r\nx-aws-proxy-auth: {token}\r\n\r\n"), "400", "malformed-request"),
         ("garbage", "\u{1}\u{2}\r\n\r\n".to_owned(), "400", "malformed-request"),
+        ("a blank in the target", format!("GET /a b HTTP/1.1\r\n{good}\r\n"), "400", "malformed-request"),
+        ("two blanks before the target", format!("GET  / HTTP/1.1\r\n{good}\r\n"), "400", "malformed-request"),
+        ("a NUL in the target", format!("GET /\0 HTTP/1.1\r\n{good}\r\n"), "400", "malformed-request"),
+        ("a control character in the target", format!("GET /\x07 HTTP/1.1\r\n{good}\r\n"), "400", "malformed-request"),
+        ("a tab in the target", format!("GET /\t HTTP/1.1\r\n{good}\r\n"), "400", "malformed-request"),
+        ("a bare LF after the request line", format!("GET / HTTP/1.1\n{good}\r\n"), "400", "malformed-request"),
+        ("a bare LF after a field", format!("GET / HTTP/1.1\r\nx: 1\n{good}\r\n"), "400", "malformed-request"),
+        ("a bare LF for the end", format!("GET / HTTP/1.1\r\n{good}\n"), "400", "malformed-request"),
+        ("nothing but LF", format!("GET / HTTP/1.1\n{}\n", good.replace('\r', "")), "400", "malformed-request"),
+        ("HTTP/0.9", "GET /\r\n\r\n".to_owned(), "400", "malformed-request"),
+        ("HTTP/1.2", format!("GET / HTTP/1.2\r\n{good}\r\n"), "400", "malformed-request"),
         ("CONNECT", format!("CONNECT {host}:443 HTTP/1.1\r\n{good}\r\n"), "405", "method-not-allowed"),
         ("TRACE", format!("TRACE / HTTP/1.1\r\n{good}\r\n"), "405", "method-not-allowed"),
         ("TE and CL", format!("POST / HTTP/1.1\r\n{good}content-length: 3\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n"), "400", "ambiguous-framing"),
@@ -64,6 +75,8 @@ async fn malformed_requests_are_refused_with_a_reason_and_reach_nobody() {
         ("another coding", format!("POST / HTTP/1.1\r\n{good}transfer-encoding: gzip, chunked\r\n\r\n0\r\n\r\n"), "501", "unsupported-transfer-coding"),
         ("chunked twice", format!("POST / HTTP/1.1\r\n{good}transfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n"), "501", "unsupported-transfer-coding"),
         ("chunked in the middle", format!("POST / HTTP/1.1\r\n{good}transfer-encoding: chunked, identity\r\n\r\n0\r\n\r\n"), "400", "malformed-request"),
+        ("Connection names Content-Length", format!("POST / HTTP/1.1\r\n{good}connection: content-length\r\ncontent-length: 3\r\n\r\nabc"), "400", "malformed-request"),
+        ("Connection names Transfer-Encoding", format!("POST / HTTP/1.1\r\n{good}connection: Transfer-Encoding\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n"), "400", "malformed-request"),
         ("chunked in HTTP/1.0", format!("POST / HTTP/1.0\r\n{good}transfer-encoding: chunked\r\n\r\n0\r\n\r\n"), "400", "malformed-request"),
         ("many fields", format!("GET / HTTP/1.1\r\n{good}{}\r\n", "a: 1\r\n".repeat(150)), "431", "header-too-large"),
         ("very many fields", format!("GET / HTTP/1.1\r\n{good}{}\r\n", "a: 1\r\n".repeat(10_000)), "431", "header-too-large"),
@@ -78,6 +91,49 @@ async fn malformed_requests_are_refused_with_a_reason_and_reach_nobody() {
     }
     assert!(wrong.is_empty(), "{wrong}");
     assert_eq!(app.requests.load(Ordering::SeqCst), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn case_25_a_body_whose_chunks_cannot_be_told_apart_is_400_and_the_end() {
+    let (rig, _app, vm, token) = rig().await;
+    let mut wrong = String::new();
+    for (what, body) in [
+        ("a size that is none", "xyz\r\nabc\r\n0\r\n\r\n"),
+        ("a size with a sign", "+3\r\nabc\r\n0\r\n\r\n"),
+        ("a size in another base", "0x3\r\nabc\r\n0\r\n\r\n"),
+        ("a size that overflows", "10000000000000000\r\nabc\r\n0\r\n\r\n"),
+        ("a bare LF after the size", "3\nabc\r\n0\r\n\r\n"),
+        ("more than its size says", "3\r\nabcd\r\n0\r\n\r\n"),
+        ("a blank before the size", " 3\r\nabc\r\n0\r\n\r\n"),
+    ] {
+        let smuggled = format!("GET /smuggled HTTP/1.1\r\nhost: {}\r\nx-aws-proxy-auth: {token}\r\n\r\n", vm.host);
+        let header = format!("POST /length HTTP/1.1\r\nhost: {}\r\nx-aws-proxy-auth: {token}\r\ntransfer-encoding: chunked\r\n\r\n", vm.host);
+        let answer = raw(&rig, format!("{header}{body}{smuggled}").as_bytes()).await;
+        let refused = statuses(&answer) == ["400"] && answer.contains("\r\nx-dormouse-reason: malformed-request\r\n");
+        if !refused || !answer.to_lowercase().contains("\r\nconnection: close\r\n") {
+            wrong.push_str(&format!("{what}: read\n{answer}\n"));
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn case_25_what_pingora_forgives_in_chunks_reaches_the_app_in_one_reading() {
+    let (rig, _app, vm, token) = rig().await;
+    for (what, body, seen) in [
+        ("an extension", "3;a=b\r\nabc\r\n0\r\n\r\n", "abc"),
+        ("an extension that is junk", "3; \0\x01;;=\r\nabc\r\n0\r\n\r\n", "abc"),
+        ("a bare LF in an extension", "3;a\nabc\r\n\r\nabc\r\n0\r\n\r\n", "abc"),
+        ("no size, which pingora takes for none left", "\r\nabc\r\n0\r\n\r\n", ""),
+        ("trailers", "3\r\nabc\r\n0\r\nx-aws-proxy-auth: other\r\nhost: other\r\ncontent-length: 9\r\nx-trailer: 1\r\n\r\n", "abc"),
+    ] {
+        let header = format!("POST / HTTP/1.1\r\nhost: {}\r\nx-aws-proxy-auth: {token}\r\ntransfer-encoding: chunked\r\nconnection: close\r\n\r\n", vm.host);
+        let answer = raw(&rig, format!("{header}{body}").as_bytes()).await;
+        // Either refused, or one request whose body has one reading; never a second request.
+        let status = statuses(&answer);
+        assert!(status == ["400"] || (status == ["200"] && answer.ends_with(&format!("\n\n{seen}"))), "{what}: {answer}");
+        assert!(!answer.contains("x-trailer") && !answer.contains("other"), "{what}: {answer}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -144,6 +200,9 @@ async fn case_31_a_bad_guest_is_a_502_or_a_visible_cut() {
         ("a NUL", canned(format!("{ok}a: \0\r\n\r\n")).await, 502, "guest-answer-broken"),
         ("HTTP/0.9", canned("hello").await, 502, "guest-answer-broken"),
         ("nothing", canned("").await, 502, "guest-answer-broken"),
+        ("many fields", canned(format!("{ok}{}content-length: 0\r\n\r\n", "a: 1\r\n".repeat(220))).await, 502, "guest-header-too-large"),
+        ("very many fields", canned(format!("{ok}{}content-length: 0\r\n\r\n", "a: 1\r\n".repeat(1000))).await, 502, "guest-answer-broken"),
+        ("an endless header", canned(format!("{ok}{}", "a: 1\r\n".repeat(500_000))).await, 502, "guest-answer-broken"),
         ("a large header", canned(format!("{ok}a: {}\r\ncontent-length: 0\r\n\r\n", "x".repeat(100_000))).await, 502, "guest-header-too-large"),
         ("endless interim answers", canned(format!("{interim}{ok}content-length: 0\r\n\r\n")).await, 502, "guest-answer-broken"),
         ("silence", scripted(|mut tcp| async move { while tcp.read(&mut [0; 100]).await.is_ok_and(|read| read > 0) {} }).await, 504, "guest-silent"),
