@@ -14,7 +14,7 @@ use crate::{
     reply::{Asker, Reason},
     upstream::{
         connector::FailureSlot,
-        links::{Link, Speaks},
+        links::{Link, Speaks, Target},
     },
     websocket::Handshake,
 };
@@ -45,8 +45,10 @@ pub(crate) struct Context {
     pub wake: Option<Duration>,
     /// How often it was found asleep after it had been awake.
     pub found_asleep: u8,
-    /// What is spoken with the app.
+    /// What is to be spoken with the app, as far as the request decides.
     pub speaks: Speaks,
+    /// Where the request goes, and what is spoken there.
+    pub target: Option<Target>,
     /// Where the connector leaves why it failed.
     pub dial_failure: FailureSlot,
     /// The connection to the guest, where it is a tied one.
@@ -101,6 +103,7 @@ impl Context {
             wake: None,
             found_asleep: 0,
             speaks: Speaks::Http1,
+            target: None,
             dial_failure: FailureSlot::default(),
             link: None,
             reused: false,
@@ -115,6 +118,11 @@ impl Context {
             reason: None,
             client_left: false,
         }
+    }
+
+    /// What is spoken with the app.
+    pub fn spoken(&self) -> Speaks {
+        self.target.map_or(self.speaks, |target| target.speaks)
     }
 
     /// Bytes crossed: activity.

@@ -5,6 +5,7 @@
 //! finds by itself is mapped in [`Service::reason_of`].
 
 use std::{
+    net::Ipv4Addr,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -25,6 +26,7 @@ use pingora_core::{
 };
 use pingora_http::{RequestHeader, ResponseHeader};
 use pingora_proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
+use rustls::pki_types::ServerName;
 use token::KeyRing;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -41,6 +43,7 @@ use crate::{
     upstream::{
         connector::{DialFailure, FailureSlot, Peers},
         links::{Speaks, Target},
+        transport::Transport,
     },
     wake::{self, NotAwake},
     websocket::{self, Handshake},
@@ -183,6 +186,27 @@ impl Service {
         Watch { progress, _task: AbortOnDropHandle::new(task) }
     }
 
+    /// What an app of TLS is asked for: the name that its clients use.
+    fn name_inside(&self, request: &RequestHeader) -> ServerName<'static> {
+        let suffix = &self.domain_suffix;
+        let endpoint = Route::of(&request.uri, &request.headers, suffix).endpoint();
+        let name = endpoint.and_then(|endpoint| ServerName::try_from(format!("{endpoint}.{suffix}")).ok());
+        name.unwrap_or_else(|| ServerName::IpAddress(Ipv4Addr::LOCALHOST.into()))
+    }
+
+    /// What follows from a dial that failed. Nothing was sent, so that trying again cannot do anything twice.
+    fn give_up_or_retry(ctx: &mut Context, failure: DialFailure, error: &mut Error) {
+        match failure {
+            DialFailure::Asleep if ctx.found_asleep < MAX_FOUND_ASLEEP => {
+                ctx.found_asleep += 1;
+                ctx.awake = None;
+                error.set_retry(true);
+            }
+            DialFailure::Asleep => ctx.reason = Some(Reason::WakeFailed),
+            DialFailure::Final(reason) => ctx.reason = Some(reason),
+        }
+    }
+
     fn fail(ctx: &mut Context, reason: Reason) -> Box<Error> {
         ctx.reason = Some(reason);
         Error::explain(ErrorType::HTTPStatus(reason.reply().status.as_u16()), reason.reply().word)
@@ -285,22 +309,31 @@ impl ProxyHttp for Service {
         // What is counted of one try does not count for the next.
         ctx.bytes_in = 0;
         ctx.interim = 0;
-        let target =
-            Target { microvm: permit.microvm().id(), port: permit.port(), generation: awake.generation(), speaks: ctx.speaks };
-        self.peers.peer(target, awake, &ctx.dial_failure).map(Box::new)
+        let (microvm, port) = (permit.microvm(), permit.port());
+        let name = || self.name_inside(session.req_header());
+        let transport = match self.peers.transports().of(microvm, awake, port, name).await {
+            Ok(transport) => transport,
+            Err(failure) => {
+                let mut error = Error::new_up(ErrorType::ConnectError);
+                Self::give_up_or_retry(ctx, failure, &mut error);
+                return Err(error);
+            }
+        };
+        let speaks = match (ctx.speaks, transport) {
+            // An app of TLS has its say.
+            (Speaks::Http1, Transport::Tls { h2: true }) => Speaks::Http2,
+            (speaks, _) => speaks,
+        };
+        let target = Target { microvm: microvm.id(), port, generation: awake.generation(), speaks, transport };
+        let name = (transport != Transport::Plain).then(name);
+        let peer = self.peers.peer(target, name, awake, &ctx.dial_failure).map(Box::new);
+        ctx.target = Some(target);
+        peer
     }
 
     fn fail_to_connect(&self, _session: &mut Session, _peer: &HttpPeer, ctx: &mut Context, mut error: Box<Error>) -> Box<Error> {
-        match ctx.dial_failure.get() {
-            // Nothing was sent upstream, so that trying again cannot do anything twice.
-            Some(DialFailure::Asleep) if ctx.found_asleep < MAX_FOUND_ASLEEP => {
-                ctx.found_asleep += 1;
-                ctx.awake = None;
-                error.set_retry(true);
-            }
-            Some(DialFailure::Asleep) => ctx.reason = Some(Reason::WakeFailed),
-            Some(DialFailure::Final(reason)) => ctx.reason = Some(*reason),
-            None => {}
+        if let Some(failure) = ctx.dial_failure.get().copied() {
+            Self::give_up_or_retry(ctx, failure, &mut error);
         }
         error
     }
@@ -324,14 +357,12 @@ impl ProxyHttp for Service {
         ctx: &mut Context,
     ) -> Result<()> {
         ctx.reused = reused;
-        if ctx.speaks == Speaks::WebSocket {
-            return Ok(());
-        }
-        let (Some(awake), Some(permit)) = (&ctx.awake, &ctx.permit) else {
+        let Some(wanted) = ctx.target else {
             return Err(Self::fail(ctx, Reason::Internal));
         };
-        let wanted =
-            Target { microvm: permit.microvm().id(), port: permit.port(), generation: awake.generation(), speaks: ctx.speaks };
+        if wanted.speaks == Speaks::WebSocket {
+            return Ok(());
+        }
         let links = self.peers.links();
         let link = links.find(descriptor);
         // pingora's pool compares 64-bit hashes only; this compares what was hashed. No link: it has just ended.
@@ -340,7 +371,7 @@ impl ProxyHttp for Service {
             return Err(Self::fail(ctx, Reason::Internal));
         }
         // A connection of HTTP/2 carries other requests too, and is not cut for one of them.
-        if let (Some(limit), Some(link), Speaks::Http1) = (self.limits.load().first_byte_deadline, &link, ctx.speaks) {
+        if let (Some(limit), Some(link), Speaks::Http1) = (self.limits.load().first_byte_deadline, &link, wanted.speaks) {
             let (link, silent) = (link.clone(), ctx.silent.clone());
             ctx.first_byte = Some(AbortOnDropHandle::new(links.watch(async move {
                 tokio::time::sleep(limit).await;
@@ -370,7 +401,7 @@ impl ProxyHttp for Service {
                 request.remove_header(&header::UPGRADE);
             }
         }
-        if ctx.speaks == Speaks::Http2 {
+        if ctx.spoken() == Speaks::Http2 {
             if framing::expects_continue(&request.headers) && !session.is_http2() {
                 // An app behind HTTP/2 never gets to say 100, and the client would wait for it.
                 session.as_downstream_mut().write_continue_response().await?;
@@ -444,7 +475,7 @@ impl ProxyHttp for Service {
                 AnswerKind::Unknown => ctx.watch = Some(self.watch(awake.clone())),
             }
         }
-        ctx.close_delimited = ctx.speaks == Speaks::Http1
+        ctx.close_delimited = ctx.spoken() == Speaks::Http1
             && session.req_header().method != Method::HEAD
             && !answer.headers.contains_key(header::CONTENT_LENGTH)
             && !answer.headers.contains_key(header::TRANSFER_ENCODING);
@@ -489,6 +520,10 @@ impl ProxyHttp for Service {
             return FailToProxy { error_code: 0, can_reuse_downstream: false };
         };
         ctx.reason = Some(reason);
+        if let (Reason::GuestBroke, Some(target)) = (reason, &ctx.target) {
+            // What is no HTTP may be TLS, or the other way round.
+            self.peers.transports().forget(target.microvm, target.port);
+        }
         if reason == Reason::Internal {
             tracing::error!(request.id = ctx.request_id, error = error.etype().as_str(), side = error.esource().as_str(), "a request failed inside the gateway");
         } else {

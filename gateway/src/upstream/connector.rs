@@ -15,11 +15,13 @@ use pingora_core::{
     protocols::l4::{socket::SocketAddr, stream::Stream as L4Stream, virt::VirtualSocketStream},
     upstreams::peer::{HttpPeer, HttpUpstreamRequestPolicy},
 };
-use vmm_runtime::engine::{DialError, GuestStream};
+use rustls::pki_types::ServerName;
+use vmm_runtime::engine::GuestStream;
 
 use super::{
     guest_socket::GuestSocket,
     links::{Links, Speaks, Target},
+    transport::{self, Transports},
 };
 use crate::{Limits, reply::Reason};
 
@@ -45,6 +47,7 @@ pub(crate) type FailureSlot = Arc<OnceLock<DialFailure>>;
 /// Makes peers.
 pub(crate) struct Peers {
     links: Arc<Links>,
+    transports: Arc<Transports>,
     keys: RandomState,
     limits: Limits,
 }
@@ -52,7 +55,12 @@ pub(crate) struct Peers {
 impl Peers {
     /// Peers whose connections are tied in `links`.
     pub fn new(links: Arc<Links>, limits: Limits) -> Self {
-        Self { links, keys: RandomState::new(), limits }
+        Self { links, transports: Arc::new(Transports::new(limits.clone())), keys: RandomState::new(), limits }
+    }
+
+    /// What is known of the apps.
+    pub fn transports(&self) -> &Transports {
+        &self.transports
     }
 
     /// The links of all connections made.
@@ -60,8 +68,8 @@ impl Peers {
         &self.links
     }
 
-    /// The peer of one request.
-    pub fn peer(&self, target: Target, awake: &Arc<Awake>, failure: &FailureSlot) -> Result<HttpPeer> {
+    /// The peer of one request. `name` is what an app of TLS is asked for; `None` for one without.
+    pub fn peer(&self, target: Target, name: Option<ServerName<'static>>, awake: &Arc<Awake>, failure: &FailureSlot) -> Result<HttpPeer> {
         let mut peer = HttpPeer::new_uds(self.links.path(), false, String::new())?;
         let options = &mut peer.options;
         options.idle_timeout = Some(self.limits.load().upstream_keepalive);
@@ -82,7 +90,9 @@ impl Peers {
         };
         peer.options.custom_l4 = Some(Arc::new(Connector {
             links: self.links.clone(),
+            transports: self.transports.clone(),
             target,
+            name,
             awake: awake.clone(),
             deadline: self.limits.load().dial_deadline,
             failure: failure.clone(),
@@ -94,7 +104,9 @@ impl Peers {
 /// Dials on behalf of one request.
 struct Connector {
     links: Arc<Links>,
+    transports: Arc<Transports>,
     target: Target,
+    name: Option<ServerName<'static>>,
     awake: Arc<Awake>,
     deadline: Duration,
     failure: FailureSlot,
@@ -102,13 +114,17 @@ struct Connector {
 
 impl Connector {
     async fn dial(&self) -> Result<GuestStream, DialFailure> {
-        match tokio::time::timeout(self.deadline, self.awake.dial(self.target.port)).await {
-            Ok(Ok(stream)) => Ok(stream),
-            Ok(Err(DialError::Asleep)) => Err(DialFailure::Asleep),
-            Ok(Err(DialError::Refused { .. })) => Err(DialFailure::Final(Reason::PortNotListening)),
-            Ok(Err(DialError::Gone)) => Err(DialFailure::Final(Reason::Terminated)),
-            Ok(Err(DialError::Timeout { .. })) | Err(_) => Err(DialFailure::Final(Reason::GuestTimeout)),
-        }
+        let Target { microvm, port, speaks, .. } = self.target;
+        let guest = transport::dial(&self.awake, port, self.deadline).await?;
+        let Some(name) = &self.name else { return Ok(guest) };
+        let failure = match tokio::time::timeout(self.deadline, self.transports.wrap(guest, speaks, name)).await {
+            Ok(Ok(tls)) => return Ok(tls),
+            _ if self.awake.is_asleep() => return Err(DialFailure::Asleep),
+            Ok(Err(_)) => Reason::GuestBroke,
+            Err(_) => Reason::GuestTimeout,
+        };
+        self.transports.forget(microvm, port);
+        Err(DialFailure::Final(failure))
     }
 }
 

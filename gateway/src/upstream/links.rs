@@ -28,6 +28,7 @@ use tokio::{io::AsyncWriteExt as _, net::UnixStream};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use vmm_runtime::engine::GuestStream;
 
+use super::transport::Transport;
 use crate::{error::GatewayError, metrics::Open};
 
 /// A socket address holds a path of 108 bytes with its end mark.
@@ -55,6 +56,8 @@ pub(crate) struct Target {
     pub generation: Generation,
     /// The protocol.
     pub speaks: Speaks,
+    /// What it is spoken over.
+    pub transport: Transport,
 }
 
 /// One tied stream.
@@ -243,7 +246,7 @@ mod tests {
     }
 
     fn target(port: u16) -> Target {
-        Target { microvm: MicrovmId::random(), port: Port::new(port).unwrap(), generation: Generation(1), speaks: Speaks::Http1 }
+        Target { microvm: MicrovmId::random(), port: Port::new(port).unwrap(), generation: Generation(1), speaks: Speaks::Http1, transport: Transport::Plain }
     }
 
     fn tied(links: &Arc<Links>, target: Target) -> (UnixStream, DuplexStream) {

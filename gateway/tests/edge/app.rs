@@ -25,6 +25,7 @@ use tokio::{
     net::{TcpListener, TcpStream},
     sync::{Notify, mpsc},
 };
+use tokio_rustls::TlsAcceptor;
 
 use crate::rig::{Body, full};
 
@@ -33,7 +34,9 @@ use crate::rig::{Body, full};
 pub struct App {
     /// Requests whose header came.
     pub requests: Arc<AtomicUsize>,
-    /// Connections that were made.
+    /// Connections that asked whether it speaks TLS, or spoke it.
+    pub hellos: Arc<AtomicUsize>,
+    /// Connections that were made for requests.
     pub connections: Arc<AtomicUsize>,
     /// Requests that came over a connection that had carried another host before.
     pub mixed: Arc<AtomicUsize>,
@@ -56,6 +59,15 @@ impl Drop for Unfinished {
 impl App {
     /// Serves HTTP/1.1 and HTTP/2 with prior knowledge.
     pub async fn start() -> (Self, SocketAddr) {
+        Self::start_over(None).await
+    }
+
+    /// Serves over TLS, with a certificate of its own making, what these protocols name.
+    pub async fn start_tls(alpn: &[&str]) -> (Self, SocketAddr) {
+        Self::start_over(Some(self_signed(alpn))).await
+    }
+
+    async fn start_over(tls: Option<TlsAcceptor>) -> (Self, SocketAddr) {
         let app = Self::default();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -63,24 +75,41 @@ impl App {
         tokio::spawn(async move {
             while let Ok((tcp, _)) = listener.accept().await {
                 tcp.set_nodelay(true).unwrap();
-                serving.connections.fetch_add(1, Ordering::SeqCst);
-                let app = serving.clone();
-                tokio::spawn(async move {
-                    let first_host = Arc::new(OnceLock::new());
-                    let service = service_fn(move |request: Request<Incoming>| {
-                        let app = app.clone();
-                        let host = request.uri().authority().map(ToString::to_string);
-                        let host = host.unwrap_or_else(|| request.headers()["host"].to_str().unwrap().to_owned());
-                        if *first_host.get_or_init(|| host.clone()) != host {
-                            app.mixed.fetch_add(1, Ordering::SeqCst);
-                        }
-                        async move { Ok::<_, std::convert::Infallible>(app.answer(request).await) }
-                    });
-                    let _ = auto::Builder::new(TokioExecutor::new()).serve_connection(TokioIo::new(tcp), service).await;
-                });
+                tokio::spawn(serving.clone().serve(tcp, tls.clone()));
             }
         });
         (app, address)
+    }
+
+    async fn serve(self, tcp: TcpStream, tls: Option<TlsAcceptor>) {
+        if says_hello(&tcp).await {
+            self.hellos.fetch_add(1, Ordering::SeqCst);
+        }
+        match tls {
+            None => self.serve_http(TokioIo::new(tcp)).await,
+            Some(tls) => {
+                if let Ok(tls) = tls.accept(tcp).await {
+                    self.serve_http(TokioIo::new(tls)).await;
+                }
+            }
+        }
+    }
+
+    async fn serve_http(self, io: impl hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static) {
+        let first_host = Arc::new(OnceLock::new());
+        let service = service_fn(move |request: Request<Incoming>| {
+            let app = self.clone();
+            let host = request.uri().authority().map(ToString::to_string);
+            let host = host.unwrap_or_else(|| request.headers()["host"].to_str().unwrap().to_owned());
+            if first_host.get().is_none() {
+                app.connections.fetch_add(1, Ordering::SeqCst);
+            }
+            if *first_host.get_or_init(|| host.clone()) != host {
+                app.mixed.fetch_add(1, Ordering::SeqCst);
+            }
+            async move { Ok::<_, std::convert::Infallible>(app.answer(request).await) }
+        });
+        let _ = auto::Builder::new(TokioExecutor::new()).serve_connection_with_upgrades(io, service).await;
     }
 
     async fn answer(&self, request: Request<Incoming>) -> Response<Body> {
@@ -138,6 +167,24 @@ impl App {
 /// Plays a script to each connection. What the guest reads is kept.
 pub async fn scripted<F, R>(script: F) -> SocketAddr
 where
+    F: Fn(TcpStream) -> R + Clone + Send + 'static,
+    R: Future<Output = ()> + Send + 'static,
+{
+    speaking_first(move |tcp| {
+        let script = script.clone();
+        async move {
+            // The question whether the app speaks TLS is not part of the play.
+            if !says_hello(&tcp).await {
+                script(tcp).await;
+            }
+        }
+    })
+    .await
+}
+
+/// The same for a script that does not wait for the first byte, and is played to every connection.
+pub async fn speaking_first<F, R>(script: F) -> SocketAddr
+where
     F: Fn(TcpStream) -> R + Send + 'static,
     R: Future<Output = ()> + Send + 'static,
 {
@@ -149,6 +196,23 @@ where
         }
     });
     address
+}
+
+/// Whether the first byte of a connection is a TLS handshake's.
+pub async fn says_hello(tcp: &TcpStream) -> bool {
+    let mut first = [0];
+    matches!(tcp.peek(&mut first).await, Ok(1)) && first == [22]
+}
+
+/// TLS as an app in a guest has it.
+pub fn self_signed(alpn: &[&str]) -> TlsAcceptor {
+    let key = rcgen::KeyPair::generate().unwrap();
+    let certificate = rcgen::CertificateParams::new(vec!["inside.example".to_owned()]).unwrap().self_signed(&key).unwrap();
+    let key = rustls_pki_types::PrivateKeyDer::try_from(key.serialize_der()).unwrap();
+    let mut config =
+        rustls::ServerConfig::builder().with_no_client_auth().with_single_cert(vec![certificate.der().clone()], key).unwrap();
+    config.alpn_protocols = alpn.iter().map(|protocol| protocol.as_bytes().to_vec()).collect();
+    TlsAcceptor::from(Arc::new(config))
 }
 
 /// Reads until the end of a header.

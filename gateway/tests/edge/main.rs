@@ -7,6 +7,7 @@ mod app;
 mod connections;
 mod eager;
 mod forwarding;
+mod guest_tls;
 mod hostile;
 mod lifecycle;
 mod limits;
