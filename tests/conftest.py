@@ -5,10 +5,7 @@ data directory of the run for a look afterwards.
 """
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
-from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -41,17 +38,9 @@ def node(run_dir):
         yield node
 
 
-def grpc_wheels(run_dir):
-    """grpcio for the guest, unpacked: the guest's Python is Debian 12's, and a build has no package registry."""
-    wanted = run_dir / "wheels"
-    version = metadata.version("grpcio")
-    subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile", "--target", wanted / "vendor",
-         "--only-binary", ":all:", "--platform", "manylinux_2_17_x86_64", "--platform", "manylinux2014_x86_64",
-         "--python-version", "3.11", f"grpcio=={version}"],
-        check=True, stdin=subprocess.DEVNULL,
-    )
-    return wanted
+@pytest.fixture(scope="session")
+def wheels(run_dir):
+    return images.grpc_wheels(run_dir)
 
 
 @pytest.fixture(scope="session")
@@ -67,9 +56,9 @@ def kitchen_image(node):
 
 
 @pytest.fixture(scope="session")
-def grpc_image(node, run_dir):
+def grpc_image(node, wheels):
     """apps/grpc_echo: one method of every kind."""
-    return images.build(node, "grpc-echo", images.zip_of(HERE / "apps" / "grpc_echo", grpc_wheels(run_dir)))
+    return images.build(node, "grpc-echo", images.zip_of(HERE / "apps" / "grpc_echo", wheels))
 
 
 @pytest.fixture

@@ -1,6 +1,9 @@
 """From a directory with a Dockerfile to an image, through S3 and the control API as an integrator does it."""
 import io
+import subprocess
+import sys
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 from .waiting import eventually
@@ -29,6 +32,19 @@ def zip_of(*directories, **files):
         for name, text in files.items():
             archive.writestr(name, text)
     return buffer.getvalue()
+
+
+def grpc_wheels(directory):
+    """grpcio for the guest, unpacked: the guest's Python is Debian 12's, and a build has no package registry."""
+    wanted = directory / "wheels"
+    version = metadata.version("grpcio")
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile", "--target", wanted / "vendor",
+         "--only-binary", ":all:", "--platform", "manylinux_2_17_x86_64", "--platform", "manylinux2014_x86_64",
+         "--python-version", "3.11", f"grpcio=={version}"],
+        check=True, stdin=subprocess.DEVNULL,
+    )
+    return wanted
 
 
 def base_image_arn(region):
