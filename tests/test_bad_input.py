@@ -1,6 +1,7 @@
 """What a person gets wrong: each is refused at once, with a sentence that says what is wrong and where."""
 import json
 import socket
+import struct
 import subprocess
 import urllib.error
 import urllib.request
@@ -13,6 +14,7 @@ from botocore.exceptions import ClientError
 
 from harness import clients, images
 from harness.node import binary
+from harness.waiting import eventually
 
 FROM = "FROM public.ecr.aws/lambda/microvms:al2023-minimal\n"
 
@@ -227,6 +229,22 @@ def test_what_is_not_http_is_refused_and_closed(node, kitchen, request_text):
         answer = connection.answer()
         assert 400 <= answer.status < 500 or (answer.status == 0 and answer.closed), str(answer)
         assert answer.status not in (200, 502), str(answer)
+
+
+def test_a_client_that_leaves_in_the_handshake_of_http2_is_no_error_of_the_node(node, kitchen):
+    """An error in the log means that a person must act; what any client can cause is none."""
+    begin = node.log.stat().st_size
+    for preface in (b"", b"PRI * HT", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"):
+        connection = clients.Raw(node, kitchen.host, alpn=("h2",))
+        connection.send(preface)
+        # A reset instead of an orderly end.
+        connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.close()
+    eventually("every connection to be gone", lambda: node.metrics().total("edge_connections") == 0, within=60)
+    with node.log.open() as log:
+        log.seek(begin)
+        errors = [line for line in log if "ERROR" in line]
+    assert not errors, errors
 
 
 def test_plain_http_on_the_tls_port_is_not_served(node):

@@ -75,10 +75,13 @@ fn runtime() -> Result<tokio::runtime::Runtime> {
 }
 
 /// Libraries that show whole requests, and so tokens, in what they say for their own debugging; this level and above is all
-/// that is let through, whatever the configuration says.
-const QUIET: [&str; 9] = [
+/// that is let through, whatever the configuration says. What is off says as errors what a client does by leaving at the right
+/// moment; our own words for that are the access log's.
+const QUIET: [&str; 11] = [
     "pingora_core=error",
-    "pingora_proxy=error",
+    "pingora_core::apps=off",
+    "pingora_core::connectors=off",
+    "pingora_proxy=off",
     "pingora_pool=error",
     "pingora_http=error",
     "pingora_cache=error",
