@@ -12,7 +12,7 @@ use std::{
     os::fd::AsRawFd as _,
     pin::Pin,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU32, Ordering},
     },
     task::{Context, Poll, ready},
@@ -24,7 +24,7 @@ use pingora_core::protocols::{
     ALPN, GetProxyDigest, GetSocketDigest, GetTimingDigest, Peek, Shutdown, SocketDigest, Ssl, TimingDigest, UniqueID, UniqueIDType,
     l4::socket::SocketAddr as PingoraAddr,
     raw_connect::ProxyDigest,
-    tls::{SslDigest, TlsRef, TlsStream},
+    tls::{SslDigest, TlsStream},
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite, AsyncWriteExt, Interest, ReadBuf},
@@ -196,9 +196,53 @@ pub(crate) struct GuardSettings {
     pub metrics: Arc<Metrics>,
 }
 
+/// A stream that can be polled through a shared reference too. The lock is taken there only, and never contended: a
+/// connection has one task.
+struct Shared<S>(Mutex<S>);
+
+impl<S: Unpin> Shared<S> {
+    fn with<T>(&self, poll: impl FnOnce(Pin<&mut S>) -> T) -> T {
+        poll(Pin::new(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner)))
+    }
+
+    fn get(&mut self) -> Pin<&mut S> {
+        Pin::new(self.0.get_mut().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Shared<S> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        self.get().poll_read(cx, buf)
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Shared<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        self.get().poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        self.get().poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.with(|stream| stream.is_write_vectored())
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.get().poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.get().poll_shutdown(cx)
+    }
+}
+
 /// A client's connection after its TLS handshake.
 pub(crate) struct Guarded {
-    tls: TlsStream<Socket>,
+    tls: Shared<TlsStream<Socket>>,
+    alpn: Option<ALPN>,
+    ssl: Option<Arc<SslDigest>>,
     socket: Socket,
     settings: GuardSettings,
     // Even: a header is awaited. Odd: a request is under way. The service counts it up, through a shared reference.
@@ -221,7 +265,8 @@ impl Guarded {
         let meter = HeaderMeter::new(HeaderLimits::of(&limits));
         let deadline = (!multiplexed).then(|| Box::pin(tokio::time::sleep(limits.header_deadline)));
         drop(limits);
-        Self { tls, socket, settings, turn: AtomicU32::new(turn), metered_turn: turn, meter, deadline, refused: None, closing: None }
+        let (alpn, ssl) = (tls.selected_alpn_proto(), tls.get_ssl_digest());
+        Self { tls: Shared(Mutex::new(tls)), alpn, ssl, socket, settings, turn: AtomicU32::new(turn), metered_turn: turn, meter, deadline, refused: None, closing: None }
     }
 
     /// The connection under a pingora session, if it is HTTP/1.1.
@@ -246,6 +291,21 @@ impl Guarded {
         if !self.turn.load(Ordering::Relaxed).is_multiple_of(2) {
             self.turn.fetch_add(1, Ordering::Relaxed);
         }
+    }
+
+    /// The client's next bytes, for a tunnel: past pingora, while that waits for the tunnel's end.
+    pub fn poll_tunnel_read(&self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        self.tls.with(|tls| tls.poll_read(cx, buf))
+    }
+
+    /// Bytes for the client of a tunnel.
+    pub fn poll_tunnel_write(&self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.tls.with(|tls| tls.poll_write(cx, bytes))
+    }
+
+    /// Until they are on their way.
+    pub fn poll_tunnel_flush(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.tls.with(|tls| tls.poll_flush(cx))
     }
 
     /// The turn, if a header is awaited in it.
@@ -376,16 +436,12 @@ impl UniqueID for Guarded {
 }
 
 impl Ssl for Guarded {
-    fn get_ssl(&self) -> Option<&TlsRef> {
-        self.tls.get_ssl()
-    }
-
     fn get_ssl_digest(&self) -> Option<Arc<SslDigest>> {
-        self.tls.get_ssl_digest()
+        self.ssl.clone()
     }
 
     fn selected_alpn_proto(&self) -> Option<ALPN> {
-        self.tls.selected_alpn_proto()
+        self.alpn.clone()
     }
 }
 

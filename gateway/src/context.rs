@@ -13,7 +13,7 @@ use crate::{
     metrics::{Open, Protocol},
     reply::{Asker, Reason},
     upstream::{
-        connector::FailureSlot,
+        connector::{FailureSlot, TunnelSlot},
         links::{Link, Speaks, Target},
     },
     websocket::Handshake,
@@ -51,6 +51,8 @@ pub(crate) struct Context {
     pub target: Option<Target>,
     /// Where the connector leaves why it failed.
     pub dial_failure: FailureSlot,
+    /// Where the connector leaves its end of a WebSocket's stream.
+    pub tunnel: TunnelSlot,
     /// The connection to the guest, where it is a tied one.
     pub link: Option<Arc<Link>>,
     /// Whether that connection was used before.
@@ -105,6 +107,7 @@ impl Context {
             speaks: Speaks::Http1,
             target: None,
             dial_failure: FailureSlot::default(),
+            tunnel: TunnelSlot::default(),
             link: None,
             reused: false,
             first_byte: None,

@@ -5,11 +5,13 @@
 //! finds by itself is mapped in [`Service::reason_of`].
 
 use std::{
+    future::poll_fn,
     net::Ipv4Addr,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
+    task::Poll,
     time::{Duration, Instant},
 };
 
@@ -41,9 +43,10 @@ use crate::{
     reply::{Asker, Reason},
     route::Route,
     upstream::{
-        connector::{DialFailure, FailureSlot, Peers},
+        connector::{DialFailure, FailureSlot, Peers, TunnelSlot},
         links::{Speaks, Target},
         transport::Transport,
+        tunnel::{self, Way},
     },
     wake::{self, NotAwake},
     websocket::{self, Handshake},
@@ -186,6 +189,42 @@ impl Service {
         Watch { progress, _task: AbortOnDropHandle::new(task) }
     }
 
+    /// Carries a WebSocket from its 101 to its end. The error tells pingora that there is nothing left to do.
+    async fn tunnel(&self, session: &mut Session, answer: &ResponseHeader, ctx: &mut Context) -> Result<()> {
+        let Some(guest) = ctx.tunnel.get().cloned() else {
+            return Err(Self::fail(ctx, Reason::Internal));
+        };
+        session.as_downstream_mut().write_response_header(Box::new(answer.clone())).await?;
+        // What came in one piece with the handshake waits in pingora.
+        let early = {
+            let mut early = std::pin::pin!(session.as_downstream_mut().read_request_body());
+            poll_fn(|cx| Poll::Ready(early.as_mut().poll(cx))).await
+        };
+        let early = match early {
+            Poll::Ready(early) => early?,
+            Poll::Pending => Some(Bytes::new()),
+        };
+        if let (Some(early), Some(client)) = (early, Guarded::of(session)) {
+            let came = |way, length| {
+                let length = length as u64;
+                let (sum, total) = match way {
+                    Way::In => (&mut ctx.bytes_in, &self.metrics.bytes_in),
+                    Way::Out => (&mut ctx.bytes_out, &self.metrics.bytes_out),
+                };
+                *sum += length;
+                total.inc_by(length);
+                if let Some(awake) = &ctx.awake {
+                    awake.touch();
+                }
+            };
+            if let Err(error) = tunnel::carry(client, &guest, early, came).await {
+                tracing::debug!(request.id = ctx.request_id, kind = ?error.kind(), "a WebSocket broke off");
+            }
+        }
+        session.as_downstream_mut().shutdown().await;
+        Err(Error::new_down(ErrorType::ConnectionClosed))
+    }
+
     /// What an app of TLS is asked for: the name that its clients use.
     fn name_inside(&self, request: &RequestHeader) -> ServerName<'static> {
         let suffix = &self.domain_suffix;
@@ -306,6 +345,7 @@ impl ProxyHttp for Service {
             return Err(Self::fail(ctx, Reason::Internal));
         };
         ctx.dial_failure = FailureSlot::default();
+        ctx.tunnel = TunnelSlot::default();
         // What is counted of one try does not count for the next.
         ctx.bytes_in = 0;
         ctx.interim = 0;
@@ -326,7 +366,7 @@ impl ProxyHttp for Service {
         };
         let target = Target { microvm: microvm.id(), port, generation: awake.generation(), speaks, transport };
         let name = (transport != Transport::Plain).then(name);
-        let peer = self.peers.peer(target, name, awake, &ctx.dial_failure).map(Box::new);
+        let peer = self.peers.peer(target, name, awake, &ctx.dial_failure, &ctx.tunnel).map(Box::new);
         ctx.target = Some(target);
         peer
     }
@@ -479,7 +519,8 @@ impl ProxyHttp for Service {
             && session.req_header().method != Method::HEAD
             && !answer.headers.contains_key(header::CONTENT_LENGTH)
             && !answer.headers.contains_key(header::TRANSFER_ENCODING);
-        answer.insert_header(headers::REQUEST_ID_FIELD, &ctx.request_id)
+        answer.insert_header(headers::REQUEST_ID_FIELD, &ctx.request_id)?;
+        if answer.status == StatusCode::SWITCHING_PROTOCOLS { self.tunnel(session, answer, ctx).await } else { Ok(()) }
     }
 
     fn upstream_response_body_filter(

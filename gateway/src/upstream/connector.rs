@@ -19,7 +19,7 @@ use rustls::pki_types::ServerName;
 use vmm_runtime::engine::GuestStream;
 
 use super::{
-    guest_socket::GuestSocket,
+    guest_socket::{GuestEnd, GuestSocket},
     links::{Links, Speaks, Target},
     transport::{self, Transports},
 };
@@ -43,6 +43,9 @@ pub(crate) enum DialFailure {
 
 /// Where a connector leaves why it failed, for the request that asked.
 pub(crate) type FailureSlot = Arc<OnceLock<DialFailure>>;
+
+/// Where a connector leaves its end of a WebSocket's stream.
+pub(crate) type TunnelSlot = Arc<OnceLock<GuestEnd>>;
 
 /// Makes peers.
 pub(crate) struct Peers {
@@ -69,7 +72,14 @@ impl Peers {
     }
 
     /// The peer of one request. `name` is what an app of TLS is asked for; `None` for one without.
-    pub fn peer(&self, target: Target, name: Option<ServerName<'static>>, awake: &Arc<Awake>, failure: &FailureSlot) -> Result<HttpPeer> {
+    pub fn peer(
+        &self,
+        target: Target,
+        name: Option<ServerName<'static>>,
+        awake: &Arc<Awake>,
+        failure: &FailureSlot,
+        tunnel: &TunnelSlot,
+    ) -> Result<HttpPeer> {
         let mut peer = HttpPeer::new_uds(self.links.path(), false, String::new())?;
         let options = &mut peer.options;
         options.idle_timeout = Some(self.limits.load().upstream_keepalive);
@@ -96,6 +106,7 @@ impl Peers {
             awake: awake.clone(),
             deadline: self.limits.load().dial_deadline,
             failure: failure.clone(),
+            tunnel: tunnel.clone(),
         }));
         Ok(peer)
     }
@@ -110,6 +121,7 @@ struct Connector {
     awake: Arc<Awake>,
     deadline: Duration,
     failure: FailureSlot,
+    tunnel: TunnelSlot,
 }
 
 impl Connector {
@@ -146,6 +158,7 @@ impl L4Connect for Connector {
         };
         if self.target.speaks == Speaks::WebSocket {
             let socket = GuestSocket::new(stream, self.awake.clone(), self.links.count_open());
+            let _ = self.tunnel.set(socket.end());
             return Ok(VirtualSocketStream::new(Box::new(socket)).into());
         }
         match self.links.tie(self.target, stream) {

@@ -1,4 +1,5 @@
-//! A guest stream as pingora's socket, for WebSockets: connections that are never reused.
+//! A guest stream as pingora's socket, for WebSockets: connections that are never reused. pingora reads no further than
+//! the header of a 101; the rest is carried by [`super::tunnel`] over the stream's other handle, [`GuestEnd`].
 //!
 //! It also answers the pings of a client whose microVM is asleep (design §4 rule 5). They would otherwise be parked bytes
 //! that wake it, and a client that keeps its connection open would keep its microVM awake. While the microVM is awake every
@@ -8,7 +9,7 @@ use std::{
     collections::VecDeque,
     fmt, io,
     pin::Pin,
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll, Waker, ready},
 };
 
@@ -26,19 +27,27 @@ const MAX_PONG_BYTES: usize = 4096;
 const STATUS_LINE: usize = "HTTP/1.1 101".len();
 const HEADER_END: &[u8; 4] = b"\r\n\r\n";
 
-/// The stream. Its drop closes it.
+/// The stream as pingora has it. It is closed when this and every [`GuestEnd`] are gone.
 pub(crate) struct GuestSocket {
-    // Never locked: pingora wants `Sync`, and every use has `&mut`.
-    inner: Mutex<Tunnel>,
-    _open: Open,
+    end: GuestEnd,
+}
+
+/// The stream as the tunnel has it.
+#[derive(Clone)]
+pub(crate) struct GuestEnd {
+    // Locked for one poll at a time, all of them in the task of one request.
+    tunnel: Arc<Mutex<Tunnel>>,
 }
 
 struct Tunnel {
     stream: GuestStream,
+    _open: Open,
     awake: Arc<Awake>,
     first_read: FirstRead,
     to_guest: Direction,
     from_guest: Direction,
+    /// What came of the guest in one piece with the header of its 101.
+    early: Vec<u8>,
     /// A ping that is being taken from the client, as far as it has come.
     ping: Vec<u8>,
     /// What began like a ping and goes to the guest before anything else.
@@ -97,6 +106,17 @@ impl Direction {
                 }
             }
         }
+    }
+
+    /// How many of these bytes pass in the header, if it ends in them and frames follow.
+    fn pass_header(&mut self, bytes: &[u8]) -> usize {
+        let mut at = 0;
+        while let Self::Header(header) = self {
+            let Some(taken) = header.pass(&bytes[at..]) else { break };
+            *self = header.next();
+            at += taken;
+        }
+        if self.frames().is_some() { at } else { bytes.len() }
     }
 
     fn frames(&self) -> Option<&Scanner> {
@@ -189,13 +209,36 @@ impl Tunnel {
         Poll::Ready(Ok(()))
     }
 
-    fn poll_read(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    /// What pingora reads: everything, but nothing behind the header of a 101.
+    fn poll_read_header(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         if self.first_read == FirstRead::Ahead {
             // pingora issue #946: if the 101 is read before the end of the (empty) request body has gone through its
             // other task, the tunnel is torn down. Yielding once lets the body go first.
             self.first_read = FirstRead::Yielded;
             cx.waker().wake_by_ref();
             return Poll::Pending;
+        }
+        if self.from_guest.frames().is_some() {
+            // The tunnel is under way, in this same task, and pingora ends with it.
+            return Poll::Pending;
+        }
+        let before = buf.filled().len();
+        ready!(self.stream.as_mut().poll_read(cx, buf))?;
+        let came = &buf.filled()[before..];
+        let passed = self.from_guest.pass_header(came);
+        self.early.extend_from_slice(&came[passed..]);
+        buf.set_filled(before + passed);
+        Poll::Ready(Ok(()))
+    }
+
+    /// What the client reads after the 101.
+    fn poll_read(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if !self.early.is_empty() {
+            let said = self.early.len().min(buf.remaining());
+            buf.put_slice(&self.early[..said]);
+            self.from_guest.pass(&self.early[..said]);
+            self.early.drain(..said);
+            return Poll::Ready(Ok(()));
         }
         if !self.pongs.is_empty() && self.from_guest.frames().is_some_and(Scanner::at_boundary) {
             let said = self.pongs.len().min(buf.remaining());
@@ -222,20 +265,51 @@ impl GuestSocket {
     pub fn new(stream: GuestStream, awake: Arc<Awake>, open: Open) -> Self {
         let tunnel = Tunnel {
             stream,
+            _open: open,
             awake,
             first_read: FirstRead::Ahead,
             to_guest: Direction::header(Side::Request),
             from_guest: Direction::header(Side::Answer),
+            early: Vec::new(),
             ping: Vec::new(),
             held_back: Vec::new(),
             pongs: VecDeque::new(),
             reader: None,
         };
-        Self { inner: Mutex::new(tunnel), _open: open }
+        Self { end: GuestEnd { tunnel: Arc::new(Mutex::new(tunnel)) } }
     }
 
-    fn tunnel(&mut self) -> &mut Tunnel {
-        self.inner.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner())
+    /// The other handle.
+    pub fn end(&self) -> GuestEnd {
+        self.end.clone()
+    }
+}
+
+impl GuestEnd {
+    /// The next bytes for the client.
+    pub fn poll_read(&self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        self.tunnel().poll_read(cx, buf)
+    }
+
+    /// Passes bytes of the client.
+    pub fn poll_write(&self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.tunnel().poll_write(cx, bytes)
+    }
+
+    /// Until the guest's side has taken them.
+    pub fn poll_flush(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let mut tunnel = self.tunnel();
+        ready!(tunnel.poll_send_held_back(cx))?;
+        tunnel.stream.as_mut().poll_flush(cx)
+    }
+
+    /// Nothing more will come of the client.
+    pub fn poll_shutdown(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.tunnel().stream.as_mut().poll_shutdown(cx)
+    }
+
+    fn tunnel(&self) -> MutexGuard<'_, Tunnel> {
+        self.tunnel.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -246,24 +320,22 @@ impl fmt::Debug for GuestSocket {
 }
 
 impl AsyncRead for GuestSocket {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        self.tunnel().poll_read(cx, buf)
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        self.end.tunnel().poll_read_header(cx, buf)
     }
 }
 
 impl AsyncWrite for GuestSocket {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        self.tunnel().poll_write(cx, buf)
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        self.end.poll_write(cx, buf)
     }
 
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let tunnel = self.tunnel();
-        ready!(tunnel.poll_send_held_back(cx))?;
-        tunnel.stream.as_mut().poll_flush(cx)
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.end.poll_flush(cx)
     }
 
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.tunnel().stream.as_mut().poll_shutdown(cx)
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.end.poll_shutdown(cx)
     }
 }
 

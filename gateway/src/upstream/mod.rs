@@ -2,7 +2,8 @@
 //!
 //! pingora keeps a connection for reuse only if it is a real descriptor whose peer has the address it was asked for
 //! (pingora.md §3). A guest stream is neither, so each pooled one is tied to a socket pair of this process with a name
-//! ([`links`]). A WebSocket is never reused and sits on its guest stream directly ([`guest_socket`]). Where the app speaks TLS,
+//! ([`links`]). A WebSocket is never reused and sits on its guest stream directly ([`guest_socket`],
+//! [`tunnel`]). Where the app speaks TLS,
 //! both sit on the inside of it ([`transport`]).
 
 pub(crate) mod connector;
@@ -10,3 +11,4 @@ pub(crate) mod frames;
 pub(crate) mod guest_socket;
 pub(crate) mod links;
 pub(crate) mod transport;
+pub(crate) mod tunnel;

@@ -291,3 +291,60 @@ async fn a_ping_is_answered_while_the_microvm_sleeps_and_wakes_nobody() {
         assert_eq!(rig.engine.counts().restores, round + 1);
     }
 }
+
+/// An app that keeps all that it has read until it can be said, as one with a queue between reading and writing does.
+async fn patient_echo() -> SocketAddr {
+    scripted(|tcp| async move {
+        let Ok(socket) = tokio_tungstenite::accept_async(tcp).await else { return };
+        let (mut say, mut hear) = socket.split();
+        let (send, mut kept) = tokio::sync::mpsc::unbounded_channel();
+        let hearing = async move { while let Some(Ok(message)) = hear.next().await && send.send(message).is_ok() {} };
+        let saying = async move { while let Some(message) = kept.recv().await && say.send(message).await.is_ok() {} };
+        tokio::join!(hearing, saying);
+    })
+    .await
+}
+
+/// More than all buffers on the way hold.
+const MUCH: usize = 300;
+const PIECE: usize = 256 * 1024;
+
+/// pingora takes nothing of a client while that takes nothing of an answer.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_says_much_before_it_listens_is_heard() {
+    let rig = Rig::new().await;
+    let vm = rig.microvm(patient_echo().await).await;
+    let token = rig.token(&vm, PortScope::All);
+    let (mut socket, _) = open(&rig, &vm, &[], &[("x-aws-proxy-auth", &token)]).await.unwrap();
+    for place in 0..MUCH {
+        within("the app to take a message", socket.send(Message::binary(vec![place as u8; PIECE]))).await.unwrap();
+    }
+    for place in 0..MUCH {
+        assert_eq!(within("the echo", socket.next()).await.unwrap().unwrap(), Message::binary(vec![place as u8; PIECE]));
+    }
+    drop(socket);
+    until("the tunnel to be over", || rig.metric("edge_open_streams", &[("kind", "websocket")]) == 0.0).await;
+    assert!(rig.metric("edge_bytes_total", &[("direction", "in")]) >= (MUCH * PIECE) as f64);
+    assert!(rig.metric("edge_bytes_total", &[("direction", "out")]) >= (MUCH * PIECE) as f64);
+}
+
+/// The other way round: pingora takes nothing of an app while that takes nothing of a message.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_app_that_answers_before_it_goes_on_reading_is_heard() {
+    let rig = Rig::new().await;
+    let vm = rig.microvm(echo(None).await).await;
+    let token = rig.token(&vm, PortScope::All);
+    let (socket, _) = open(&rig, &vm, &[], &[("x-aws-proxy-auth", &token)]).await.unwrap();
+    let (mut say, mut hear) = socket.split();
+    within("the first message", hear.next()).await.unwrap().unwrap();
+    let saying = tokio::spawn(async move {
+        for place in 0..MUCH {
+            say.send(Message::binary(vec![place as u8; PIECE])).await.unwrap();
+        }
+        say
+    });
+    for place in 0..MUCH {
+        assert_eq!(within("the echo", hear.next()).await.unwrap().unwrap(), Message::binary(vec![place as u8; PIECE]));
+    }
+    drop(saying.await.unwrap());
+}
