@@ -25,6 +25,9 @@ const MS_MOVE: c_ulong = 8192;
 const RB_POWER_OFF: c_int = 0x4321_fedc;
 const DISK: &str = "/dev/vda";
 const ROOT: &str = "/newroot";
+const TRACING: &str = "/sys/kernel/tracing";
+/// How many of the last lines of KVM's trace are shown.
+const TRACE_LINES: usize = 400;
 
 fn check(result: c_long, doing: &str) {
     if result < 0 {
@@ -53,6 +56,25 @@ fn load(dir: &str) {
     }
 }
 
+/// KVM writes down what its guests do, in memory, until one of them ends by a triple fault (SVM's exit 0x7f): after that
+/// the vCPU is reset, and nothing else tells what led to it. A kernel that cannot runs the checks without.
+fn trace_until_triple_fault() -> std::io::Result<()> {
+    mount_on("tracefs", TRACING, "tracefs", 0);
+    fs::write(format!("{TRACING}/buffer_size_kb"), "4096")?;
+    fs::write(format!("{TRACING}/events/kvm/kvm_exit/trigger"), "traceoff if exit_reason == 0x7f")?;
+    fs::write(format!("{TRACING}/events/kvm/enable"), "1")
+}
+
+/// Shows the trace, if a triple fault has stopped it.
+fn show_trace() {
+    let stopped = fs::read_to_string(format!("{TRACING}/tracing_on")).is_ok_and(|on| on.trim() == "0");
+    let Some(trace) = fs::read_to_string(format!("{TRACING}/trace")).ok().filter(|_| stopped) else { return };
+    let lines: Vec<&str> = trace.lines().collect();
+    for line in &lines[lines.len().saturating_sub(TRACE_LINES)..] {
+        println!("KVM-TRACE {line}");
+    }
+}
+
 fn run() -> i32 {
     for (source, target, kind) in [("proc", "/proc", "proc"), ("sysfs", "/sys", "sysfs"), ("devtmpfs", "/dev", "devtmpfs")] {
         mount_on(source, target, kind, 0);
@@ -76,6 +98,9 @@ fn run() -> i32 {
     check(unsafe { chroot(c(".").as_ptr()) }.into(), "changing the root");
     std::env::set_current_dir("/").unwrap();
 
+    if let Err(error) = trace_until_triple_fault() {
+        println!("KVM is not traced: {error}");
+    }
     let child = Command::new("/bin/conformance")
         .args(["--nocapture", "--test-threads=1"])
         // From the kernel's command line.
@@ -95,6 +120,7 @@ fn run() -> i32 {
         let ended = unsafe { waitpid(-1, &mut status, 0) };
         check(ended.into(), "waiting");
         if ended == wanted {
+            show_trace();
             // The code, or 128 and the signal.
             return if status & 0x7f == 0 { status >> 8 & 0xff } else { 128 + (status & 0x7f) };
         }
