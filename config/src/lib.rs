@@ -210,6 +210,8 @@ pub struct Log {
     pub filter: String,
     /// JSON lines instead of text.
     pub json: bool,
+    /// The file of the access log; `None`: standard error.
+    pub access: Option<PathBuf>,
 }
 
 impl Config {
@@ -318,6 +320,7 @@ impl Config {
             log: r.section("log", |s| Log {
                 filter: s.text("filter", "info", "A tracing filter such as \"info\" or \"info,gateway=debug\".", |_| Ok(())),
                 json: s.switch("json", false, "JSON lines instead of text."),
+                access: s.optional_path("access", "The access log: one JSON line per request. The file is opened again once it has been renamed or removed (log rotation). Default: standard error."),
             }),
         }
     }

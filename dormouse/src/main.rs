@@ -4,6 +4,7 @@ mod admin;
 mod doctor;
 mod env;
 mod files;
+mod log;
 mod node;
 mod pki;
 

@@ -11,14 +11,13 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use config::Config;
 use control_api::{AccessKeys, ApiConfig, Pieces};
-use gateway::{Gateway, GatewayConfig};
+use gateway::{AccessLogTarget, Gateway, GatewayConfig};
 use idle_controller::{Controller, ControllerConfig};
 use image_builder::{BuilderConfig, Catalog};
 use model::SystemClock;
 use token::KeyRing;
 use tokio::{net::TcpListener, signal::unix::SignalKind, task::JoinSet};
 use tokio_util::sync::CancellationToken;
-use tracing_subscriber::EnvFilter;
 use vmm_runtime::{
     engine::Engine,
     guest_kit,
@@ -30,7 +29,9 @@ use crate::{
     admin::{Admin, Readiness},
     doctor,
     env::{self, NodeFile},
-    files, pki,
+    files,
+    log::Log,
+    pki,
 };
 
 /// How long builds and API calls get once the edge has drained.
@@ -38,8 +39,8 @@ const CLOSE_GRACE: Duration = Duration::from_secs(10);
 
 /// `dormouse serve`.
 pub fn serve(config: Config) -> Result<()> {
-    start_log(&config)?;
-    runtime()?.block_on(run(config))
+    let log = Log::start(&config)?;
+    runtime()?.block_on(run(config, &log))
 }
 
 /// `dormouse env`.
@@ -59,7 +60,7 @@ pub fn doctor(config: Config) -> Result<()> {
 
 /// `dormouse base`.
 pub fn base(config: Config) -> Result<()> {
-    start_log(&config)?;
+    let _log = Log::start(&config)?;
     runtime()?.block_on(async {
         image_builder::ensure_base(&config.guest.base_dir, &|line: &str| println!("    {line}")).await?;
         Ok(())
@@ -74,35 +75,7 @@ fn runtime() -> Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting the runtime")
 }
 
-/// Libraries that show whole requests, and so tokens, in what they say for their own debugging; this level and above is all
-/// that is let through, whatever the configuration says. What is off says as errors what a client does by leaving at the right
-/// moment; our own words for that are the access log's.
-const QUIET: [&str; 11] = [
-    "pingora_core=error",
-    "pingora_core::apps=off",
-    "pingora_core::connectors=off",
-    "pingora_proxy=off",
-    "pingora_pool=error",
-    "pingora_http=error",
-    "pingora_cache=error",
-    "h2=warn",
-    "hyper=warn",
-    "s3s=warn",
-    "rustls=warn",
-];
-
-fn start_log(config: &Config) -> Result<()> {
-    let mut filter = EnvFilter::try_new(&config.log.filter).with_context(|| format!("log.filter: `{}` is not a tracing filter", config.log.filter))?;
-    for quiet in QUIET {
-        filter = filter.add_directive(quiet.parse().with_context(|| format!("our own filter `{quiet}`"))?);
-    }
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    // Both bridge the `log` crate, through which pingora speaks.
-    if config.log.json { builder.json().init() } else { builder.init() }
-    Ok(())
-}
-
-async fn run(config: Config) -> Result<()> {
+async fn run(config: Config, log: &Log) -> Result<()> {
     files::private_dir(&config.node.data_dir)?;
     let data_dir = fs::canonicalize(&config.node.data_dir).with_context(|| format!("finding {}", config.node.data_dir.display()))?;
     let _lock = lock(&data_dir)?;
@@ -112,6 +85,7 @@ async fn run(config: Config) -> Result<()> {
     let admin_listener = listen("admin.listen", config.admin.listen).await?;
 
     let metrics = prometheus::Registry::new();
+    log.register(&metrics)?;
     let admin = Admin::new(metrics.clone());
     let mut servers = JoinSet::new();
     let stop_admin = CancellationToken::new();
@@ -156,6 +130,7 @@ async fn run(config: Config) -> Result<()> {
             listen: config.edge.listen,
             domain_suffix: config.edge.domain_suffix.clone(),
             runtime_dir: data_dir.join("run"),
+            access_log: config.log.access.clone().map_or(AccessLogTarget::Stderr, AccessLogTarget::File),
             limits: config.edge.limits.clone(),
         },
         controller.clone(),

@@ -6,6 +6,8 @@ use arc_swap::{ArcSwap, Guard};
 use ::config::EdgeLimits;
 use tokio::sync::watch;
 
+use crate::access_log::AccessLogTarget;
+
 /// Settings of the gateway, already checked.
 #[derive(Debug, Clone)]
 pub struct GatewayConfig {
@@ -18,6 +20,8 @@ pub struct GatewayConfig {
     pub runtime_dir: PathBuf,
     /// What clients and guests may take.
     pub limits: EdgeLimits,
+    /// Where the access log goes.
+    pub access_log: AccessLogTarget,
 }
 
 /// The limits in force. Cheap to clone; a [`Limits::replace`] is seen by everything that begins after it: the next

@@ -32,7 +32,7 @@ use tokio::{
     time::{Instant, Sleep},
 };
 
-use crate::{Limits, access_log, framing::HeaderLimits, meter::HeaderMeter, metrics::{Metrics, Protocol}, reply::Reason};
+use crate::{Limits, access_log::{AccessLog, Entry}, framing::HeaderLimits, meter::HeaderMeter, metrics::{Metrics, Protocol}, reply::Reason};
 
 /// After the last answer on a connection that is closed with input unread: this much is read and thrown away, so that
 /// the close does not reach the client as a reset that overtakes the answer.
@@ -53,6 +53,14 @@ impl Socket {
         // Set now: pingora would ask the descriptor when it is needed, which may by then be another connection's.
         let _ = digest.peer_addr.set(Some(PingoraAddr::Inet(peer)));
         Self { tcp: Arc::new(tcp), digest: Arc::new(digest) }
+    }
+
+    /// The client's address.
+    pub fn peer(&self) -> Option<SocketAddr> {
+        match self.digest.peer_addr() {
+            Some(PingoraAddr::Inet(address)) => Some(*address),
+            Some(PingoraAddr::Unix(_)) | None => None,
+        }
     }
 
     /// Ends when the client has closed its side or the connection is broken. Takes no byte out of the socket.
@@ -194,6 +202,8 @@ pub(crate) struct GuardSettings {
     pub limits: Limits,
     /// Where early refusals are counted.
     pub metrics: Arc<Metrics>,
+    /// Where they are said.
+    pub log: AccessLog,
 }
 
 /// A stream that can be polled through a shared reference too. The lock is taken there only, and never contended: a
@@ -417,7 +427,7 @@ impl Guarded {
         let reply = reason.reply();
         self.settings.metrics.refusal(reason);
         self.settings.metrics.request(Protocol::Http1, Some(reply.status.as_u16()));
-        access_log::unparsed(&request_id, reason);
+        self.settings.log.say(&Entry::unparsed(&request_id, self.socket.peer(), reason));
         reply.wire(&request_id)
     }
 }

@@ -5,12 +5,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use idle_controller::Awake;
+use idle_controller::{Awake, WakeReport};
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::{
     auth::permit::Permit,
-    metrics::{Open, Protocol},
+    metrics::{Open, Protocol, StreamKind},
     reply::{Asker, Reason},
     upstream::{
         connector::{FailureSlot, TunnelSlot},
@@ -41,8 +41,10 @@ pub(crate) struct Context {
     pub hold_until: Instant,
     /// Leave to talk to the microVM; also its hold.
     pub awake: Option<Arc<Awake>>,
-    /// How long the request waited for launches and wakes.
-    pub wake: Option<Duration>,
+    /// How long the request waited for launches and wakes, and for which steps of them.
+    pub wake: Option<WakeReport>,
+    /// How often it was tried again.
+    pub retries: u8,
     /// How often it was found asleep after it had been awake.
     pub found_asleep: u8,
     /// What is to be spoken with the app, as far as the request decides.
@@ -67,8 +69,8 @@ pub(crate) struct Context {
     pub interim: u8,
     /// Whether the end of the answer is the end of the guest's connection.
     pub close_delimited: bool,
-    /// Until the answer's header, where that is what counts as the request's time.
-    pub answered_after: Option<Duration>,
+    /// What kind of stream the answer is, if it is one.
+    pub stream: Option<StreamKind>,
     /// Body bytes from the client.
     pub bytes_in: u64,
     /// Body bytes to the client.
@@ -103,6 +105,7 @@ impl Context {
             hold_until: begun + hold,
             awake: None,
             wake: None,
+            retries: 0,
             found_asleep: 0,
             speaks: Speaks::Http1,
             target: None,
@@ -115,7 +118,7 @@ impl Context {
             silent: Arc::default(),
             interim: 0,
             close_delimited: false,
-            answered_after: None,
+            stream: None,
             bytes_in: 0,
             bytes_out: 0,
             reason: None,
@@ -126,6 +129,17 @@ impl Context {
     /// What is spoken with the app.
     pub fn spoken(&self) -> Speaks {
         self.target.map_or(self.speaks, |target| target.speaks)
+    }
+
+    /// It has waited for a launch or wake, perhaps not for the first time.
+    pub fn waited(&mut self, report: &WakeReport) {
+        match &mut self.wake {
+            None => self.wake = Some(report.clone()),
+            Some(all) => {
+                all.waited += report.waited;
+                all.phases.extend(&report.phases);
+            }
+        }
     }
 
     /// Bytes crossed: activity.

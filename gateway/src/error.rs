@@ -2,6 +2,8 @@
 
 use std::{io, net::SocketAddr, path::PathBuf};
 
+use crate::access_log::AccessLogTarget;
+
 /// Why [`crate::Gateway::bind`] failed.
 #[derive(Debug, thiserror::Error)]
 pub enum GatewayError {
@@ -30,6 +32,15 @@ pub enum GatewayError {
         path: PathBuf,
         /// The most bytes it may have.
         limit: usize,
+    },
+    /// The access log cannot be opened.
+    #[error("the gateway cannot open its access log {target:?}; set log.access to a file that it may append to")]
+    AccessLog {
+        /// Where it was to go.
+        target: AccessLogTarget,
+        /// The cause.
+        #[source]
+        source: io::Error,
     },
     /// A metric cannot be registered, most likely because another gateway uses the same registry.
     #[error("the gateway's metrics cannot be registered")]

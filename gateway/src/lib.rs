@@ -13,7 +13,7 @@
 //! HTTP types and know nothing of pingora, which lives in `service`, `connection`, `listener`, `tls` and `upstream` only.
 //!
 //! pingora logs through `log`; its lines at error level speak of clients' mistakes and should be let through for its own
-//! debugging only. Ours are `tracing` events, one per request on the target `access`.
+//! debugging only. Ours are `tracing` events, and one line per request in the access log.
 #![forbid(unsafe_code)]
 
 mod access_log;
@@ -50,11 +50,13 @@ use token::KeyRing;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
+pub use access_log::AccessLogTarget;
 pub use config::{GatewayConfig, Limits};
 pub use error::GatewayError;
 pub use tls::Tls;
 
 use crate::{
+    access_log::AccessLog,
     connection::GuardSettings,
     metrics::Metrics,
     service::Service,
@@ -76,6 +78,7 @@ pub struct Gateway {
     tls: Tls,
     limits: Limits,
     guard: GuardSettings,
+    log: AccessLog,
 }
 
 impl Gateway {
@@ -93,7 +96,9 @@ impl Gateway {
         let metrics = Arc::new(Metrics::register(metrics).map_err(GatewayError::Metrics)?);
         let links = Arc::new(Links::open(&config.runtime_dir, metrics.upstream_streams.clone())?);
         let limits = Limits::new(config.limits);
-        let guard = GuardSettings { limits: limits.clone(), metrics: metrics.clone() };
+        let log = AccessLog::open(&config.access_log, metrics.log_lines_lost.clone())
+            .map_err(|source| GatewayError::AccessLog { target: config.access_log, source })?;
+        let guard = GuardSettings { limits: limits.clone(), metrics: metrics.clone(), log: log.clone() };
         let proxy = proxy(Service {
             peers: Peers::new(links.clone(), limits.clone()),
             domain_suffix: config.domain_suffix,
@@ -101,8 +106,9 @@ impl Gateway {
             controller,
             keys,
             metrics,
+            log: log.clone(),
         })?;
-        Ok(Self { listener, local_addr, proxy: Arc::new(proxy), links, tls: tls.into(), limits, guard })
+        Ok(Self { listener, local_addr, proxy: Arc::new(proxy), links, tls: tls.into(), limits, guard, log })
     }
 
     /// Where it listens.
@@ -120,6 +126,7 @@ impl Gateway {
     pub async fn serve(self, shutdown: CancellationToken) {
         listener::serve(self.listener, self.proxy, self.tls, self.guard, shutdown).await;
         self.links.close().await;
+        self.log.flush().await;
     }
 }
 

@@ -1,9 +1,11 @@
 //! The gateway's metrics. Every label set is fixed and every handle is made once: a request increments, it never looks up
 //! by name. No microVM, host, path or method is a label (cases.md 50).
 
-use prometheus::{Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
+use std::time::Duration;
 
-use crate::reply::Reason;
+use prometheus::{Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
+
+use crate::{access_log::Lost, reply::Reason};
 
 /// What a client speaks, as a label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,13 +40,55 @@ const STATUS_CLASSES: [&str; 6] = ["aborted", "1xx", "2xx", "3xx", "4xx", "5xx"]
 /// From a proxied request on a warm microVM (half a millisecond) to a held one (a minute).
 const REQUEST_BUCKETS: [f64; 14] = [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0];
 
+/// From one message to a day.
+const STREAM_BUCKETS: [f64; 14] = [0.001, 0.005, 0.025, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 1800.0, 7200.0, 28800.0, 86400.0];
+
+/// From a restore out of the page cache to a hold that is given up.
+const HOLD_BUCKETS: [f64; 12] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 30.0, 60.0];
+
+/// What lasts as long as its two ends like, and so says nothing about how fast requests are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum StreamKind {
+    /// Server-sent events and their like.
+    Events,
+    /// A gRPC call of any kind.
+    Grpc,
+    /// A tunnel.
+    WebSocket,
+}
+
+/// How the wait for a microVM ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum HoldEnd {
+    /// The request went on.
+    Awake,
+    /// It was answered with a refusal.
+    Refused,
+    /// Its client had left.
+    Left,
+}
+
+/// Why a request was tried again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum RetryCause {
+    /// The microVM fell asleep before the app was dialled.
+    Asleep,
+    /// The app had not looked at it.
+    Untouched,
+}
+
 /// All of them.
 pub(crate) struct Metrics {
     requests: [[IntCounter; STATUS_CLASSES.len()]; Protocol::ALL.len()],
     refusals: [IntCounter; Reason::ALL.len()],
     open_streams: [IntGauge; Protocol::ALL.len()],
-    /// From the whole header to the end of the answer (of a WebSocket: to its 101).
+    stream_seconds: [Histogram; 3],
+    hold_seconds: [Histogram; 3],
+    retries: [IntCounter; 2],
+    /// From the whole header to the end of the answer, for what is no stream.
     pub request_seconds: Histogram,
+    /// Lines of the access log that were lost.
+    pub log_lines_lost: Lost,
     /// Opening one token.
     pub token_open_seconds: Histogram,
     /// Body bytes from clients.
@@ -69,6 +113,16 @@ impl Metrics {
         let requests = counters(registry, "edge_requests_total", "Requests answered or given up.", &["protocol", "status_class"])?;
         let refusals = counters(registry, "edge_refusals_total", "Answers the gateway made itself.", &["reason"])?;
         let bytes = counters(registry, "edge_bytes_total", "Body bytes that crossed the edge.", &["direction"])?;
+        let retries = counters(registry, "edge_retries_total", "Requests tried again, of which no app had seen anything.", &["cause"])?;
+        let lost = counters(registry, "edge_access_log_lost_total", "Lines of the access log that were dropped.", &["cause"])?;
+        let streams = histograms(
+            registry,
+            "edge_stream_seconds",
+            "How long event streams, gRPC calls and WebSockets lasted; they are not in edge_request_seconds.",
+            "kind",
+            &STREAM_BUCKETS,
+        )?;
+        let holds = histograms(registry, "edge_hold_seconds", "How long requests were held for a launch or wake.", "outcome", &HOLD_BUCKETS)?;
         let open = IntGaugeVec::new(Opts::new("edge_open_streams", "Requests and tunnels under way."), &["kind"])?;
         registry.register(Box::new(open.clone()))?;
         Ok(Self {
@@ -76,7 +130,11 @@ impl Metrics {
                 .map(|protocol| STATUS_CLASSES.map(|class| requests.with_label_values(&[protocol.as_str(), class]))),
             refusals: Reason::ALL.map(|reason| refusals.with_label_values(&[reason.reply().word])),
             open_streams: Protocol::ALL.map(|protocol| open.with_label_values(&[protocol.as_str()])),
-            request_seconds: histogram(registry, "edge_request_seconds", "Time of a request at the edge.", &REQUEST_BUCKETS)?,
+            stream_seconds: ["events", "grpc", "websocket"].map(|kind| streams.with_label_values(&[kind])),
+            hold_seconds: ["awake", "refused", "left"].map(|outcome| holds.with_label_values(&[outcome])),
+            retries: ["asleep", "untouched"].map(|cause| retries.with_label_values(&[cause])),
+            log_lines_lost: Lost { queue_full: lost.with_label_values(&["queue-full"]), unwritten: lost.with_label_values(&["unwritten"]) },
+            request_seconds: histogram(registry, "edge_request_seconds", "Time of a request at the edge; streams are not in it.", &REQUEST_BUCKETS)?,
             token_open_seconds: histogram(
                 registry,
                 "edge_token_open_seconds",
@@ -97,6 +155,21 @@ impl Metrics {
     pub fn request(&self, protocol: Protocol, status: Option<u16>) {
         let class = status.map_or(0, |status| usize::from(status / 100).clamp(1, 5));
         self.requests[protocol as usize][class].inc();
+    }
+
+    /// Notes how long a stream lasted, from the whole header of its request to its end.
+    pub fn stream(&self, kind: StreamKind, lasted: Duration) {
+        self.stream_seconds[kind as usize].observe(lasted.as_secs_f64());
+    }
+
+    /// Notes how long a request was held for a launch or wake.
+    pub fn hold(&self, end: HoldEnd, waited: Duration) {
+        self.hold_seconds[end as usize].observe(waited.as_secs_f64());
+    }
+
+    /// Counts a request that is tried again.
+    pub fn retry(&self, cause: RetryCause) {
+        self.retries[cause as usize].inc();
     }
 
     /// Counts an answer of the gateway's own.
@@ -142,6 +215,12 @@ fn counter(registry: &Registry, name: &str, help: &str) -> Result<IntCounter, pr
 
 fn gauge(registry: &Registry, name: &str, help: &str) -> Result<IntGauge, prometheus::Error> {
     let metric = IntGauge::new(name, help)?;
+    registry.register(Box::new(metric.clone()))?;
+    Ok(metric)
+}
+
+fn histograms(registry: &Registry, name: &str, help: &str, label: &str, buckets: &[f64]) -> Result<HistogramVec, prometheus::Error> {
+    let metric = HistogramVec::new(HistogramOpts::new(name, help).buckets(buckets.to_vec()), &[label])?;
     registry.register(Box::new(metric.clone()))?;
     Ok(metric)
 }

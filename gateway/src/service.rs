@@ -29,17 +29,19 @@ use pingora_core::{
 use pingora_http::{RequestHeader, ResponseHeader};
 use pingora_proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
 use rustls::pki_types::ServerName;
+use time::OffsetDateTime;
 use token::KeyRing;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::{
-    Limits, access_log,
+    Limits,
+    access_log::{AccessLog, Entry},
     auth::permit::Permit,
     connection::Guarded,
     context::{Context, Watch},
     framing,
     headers::{self, AnswerKind},
-    metrics::{Metrics, Protocol},
+    metrics::{HoldEnd, Metrics, Protocol, RetryCause, StreamKind},
     reply::{Asker, Reason},
     route::Route,
     upstream::{
@@ -77,6 +79,8 @@ pub(crate) struct Service {
     pub keys: KeyRing,
     /// The metrics.
     pub metrics: Arc<Metrics>,
+    /// The access log.
+    pub log: AccessLog,
     /// Connections to guests.
     pub peers: Peers,
 }
@@ -114,9 +118,20 @@ impl Service {
     /// Waits for the microVM and keeps its hold in the context.
     async fn wake(&self, session: &mut Session, ctx: &mut Context) -> Result<(), NotAwake> {
         let permit = ctx.permit.as_ref().ok_or(NotAwake::Refused(Reason::Internal))?;
-        let awake = wake::held(permit, ctx.hold_until, client_left(session)).await?;
+        let awake = match wake::held(permit, ctx.hold_until, client_left(session)).await {
+            Ok(awake) => awake,
+            Err((why, report)) => {
+                // One who was refused at once was not held.
+                if !report.waited.is_zero() {
+                    self.metrics.hold(if why == NotAwake::ClientLeft { HoldEnd::Left } else { HoldEnd::Refused }, report.waited);
+                    ctx.waited(&report);
+                }
+                return Err(why);
+            }
+        };
         if let Some(report) = awake.woke() {
-            *ctx.wake.get_or_insert_default() += report.waited;
+            self.metrics.hold(HoldEnd::Awake, report.waited);
+            ctx.waited(report);
         }
         ctx.awake = Some(Arc::new(awake));
         Ok(())
@@ -234,11 +249,13 @@ impl Service {
     }
 
     /// What follows from a dial that failed. Nothing was sent, so that trying again cannot do anything twice.
-    fn give_up_or_retry(ctx: &mut Context, failure: DialFailure, error: &mut Error) {
+    fn give_up_or_retry(&self, ctx: &mut Context, failure: DialFailure, error: &mut Error) {
         match failure {
             DialFailure::Asleep if ctx.found_asleep < MAX_FOUND_ASLEEP => {
                 ctx.found_asleep += 1;
                 ctx.awake = None;
+                ctx.retries += 1;
+                self.metrics.retry(RetryCause::Asleep);
                 error.set_retry(true);
             }
             DialFailure::Asleep => ctx.reason = Some(Reason::WakeFailed),
@@ -355,7 +372,7 @@ impl ProxyHttp for Service {
             Ok(transport) => transport,
             Err(failure) => {
                 let mut error = Error::new_up(ErrorType::ConnectError);
-                Self::give_up_or_retry(ctx, failure, &mut error);
+                self.give_up_or_retry(ctx, failure, &mut error);
                 return Err(error);
             }
         };
@@ -373,7 +390,7 @@ impl ProxyHttp for Service {
 
     fn fail_to_connect(&self, _session: &mut Session, _peer: &HttpPeer, ctx: &mut Context, mut error: Box<Error>) -> Box<Error> {
         if let Some(failure) = ctx.dial_failure.get().copied() {
-            Self::give_up_or_retry(ctx, failure, &mut error);
+            self.give_up_or_retry(ctx, failure, &mut error);
         }
         error
     }
@@ -381,9 +398,13 @@ impl ProxyHttp for Service {
     /// pingora would send a request again whenever a connection that was used before ends without an answer; by then the
     /// app may have done what it asked for. What remains is a guest's word that it did not look at the request
     /// (REFUSED_STREAM, or GOAWAY with NO_ERROR for a later stream: RFC 9113 §8.7).
-    fn error_while_proxy(&self, _peer: &HttpPeer, session: &mut Session, mut error: Box<Error>, _ctx: &mut Context, _reused: bool) -> Box<Error> {
+    fn error_while_proxy(&self, _peer: &HttpPeer, session: &mut Session, mut error: Box<Error>, ctx: &mut Context, _reused: bool) -> Box<Error> {
         let untouched = matches!(error.retry, RetryType::Decided(true)) && !session.as_ref().retry_buffer_truncated();
         error.set_retry(untouched);
+        if untouched {
+            ctx.retries = ctx.retries.saturating_add(1);
+            self.metrics.retry(RetryCause::Untouched);
+        }
         error
     }
 
@@ -500,7 +521,6 @@ impl ProxyHttp for Service {
                 }
                 Err(reason) => return Err(Self::fail(ctx, reason)),
             }
-            ctx.answered_after = Some(ctx.begun.elapsed());
         }
         if session.is_process_shutting_down() {
             session.set_keepalive(None);
@@ -509,7 +529,14 @@ impl ProxyHttp for Service {
         if let Some(awake) = &ctx.awake {
             awake.touch();
             match headers::answer_kind(answer.status, &answer.headers) {
-                AnswerKind::Stream => awake.streaming(),
+                AnswerKind::Stream => {
+                    ctx.stream = Some(match ctx.protocol {
+                        Protocol::WebSocket => StreamKind::WebSocket,
+                        Protocol::Grpc => StreamKind::Grpc,
+                        Protocol::Http1 | Protocol::Http2 => StreamKind::Events,
+                    });
+                    awake.streaming();
+                }
                 // Still being computed until its end.
                 AnswerKind::Finite => {}
                 AnswerKind::Unknown => ctx.watch = Some(self.watch(awake.clone())),
@@ -582,27 +609,32 @@ impl ProxyHttp for Service {
         let status = session.response_written().map(|answer| answer.status.as_u16());
         let duration = ctx.begun.elapsed();
         self.metrics.request(ctx.protocol, status);
-        self.metrics.request_seconds.observe(ctx.answered_after.unwrap_or(duration).as_secs_f64());
+        match ctx.stream {
+            Some(kind) => self.metrics.stream(kind, duration),
+            None => self.metrics.request_seconds.observe(duration.as_secs_f64()),
+        }
         if let Some(reason) = ctx.reason {
             self.metrics.refusal(reason);
         }
-        access_log::request(&access_log::Entry {
+        self.log.say(&Entry {
+            time: OffsetDateTime::now_utc(),
             request_id: &ctx.request_id,
             client: match session.client_addr() {
                 Some(SocketAddr::Inet(address)) => Some(*address),
                 Some(SocketAddr::Unix(_)) | None => None,
             },
-            method: session.req_header().method.as_str(),
+            method: Some(session.req_header().method.as_str()),
             protocol: ctx.protocol,
             status,
             reason: ctx.reason,
             microvm: ctx.permit.as_ref().map(|permit| permit.microvm().id()),
             port: ctx.permit.as_ref().map(Permit::port),
-            duration,
-            wake: ctx.wake,
+            duration: Some(duration),
+            wake: ctx.wake.as_ref().map(Into::into),
             bytes_in: ctx.bytes_in,
             bytes_out: ctx.bytes_out,
             reused: ctx.reused,
+            retries: ctx.retries,
         });
         if let Some(connection) = Guarded::of(session) {
             connection.end_request();

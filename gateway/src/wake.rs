@@ -2,7 +2,7 @@
 
 use std::{future::Future, time::Instant};
 
-use idle_controller::{Awake, Refused};
+use idle_controller::{Awake, Refused, Unwoken, WakeReport};
 
 use crate::{auth::permit::Permit, reply::Reason};
 
@@ -16,13 +16,16 @@ pub(crate) enum NotAwake {
 }
 
 /// Waits for the microVM until `deadline`, or until `left` says that the client is gone. `left` is not polled where the
-/// microVM is awake already.
-pub(crate) async fn held(permit: &Permit, deadline: Instant, left: impl Future<Output = ()>) -> Result<Awake, NotAwake> {
+/// microVM is awake already. A wait in vain is reported as far as it is known.
+pub(crate) async fn held(permit: &Permit, deadline: Instant, left: impl Future<Output = ()>) -> Result<Awake, (NotAwake, WakeReport)> {
+    let began = Instant::now();
     tokio::select! {
         // In this order: a microVM that is awake costs no watch of the client. Either arm may be dropped at any await.
         biased;
-        awake = permit.microvm().awake(deadline) => awake.map_err(|refused| NotAwake::Refused(reason(&refused))),
-        () = left => Err(NotAwake::ClientLeft),
+        awake = permit.microvm().awake_or_why(deadline) => {
+            awake.map_err(|Unwoken { refused, report }| (NotAwake::Refused(reason(&refused)), report))
+        }
+        () = left => Err((NotAwake::ClientLeft, WakeReport { waited: began.elapsed(), phases: Vec::new() })),
     }
 }
 

@@ -10,7 +10,11 @@
 mod outcomes;
 mod saving;
 
-use std::{future::Future, sync::Arc, time::Instant};
+use std::{
+    future::Future,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use futures::{FutureExt, future::BoxFuture};
 use model::chain;
@@ -22,7 +26,7 @@ use self::saving::terminated_at;
 use crate::{
     Refused,
     controller::{Node, Ticket},
-    handle::{Ask, CLOSING, Grant, Kill, Live, MicrovmView, Seat},
+    handle::{Ask, CLOSING, Denial, Grant, Kill, Live, MicrovmView, Seat},
     machine::{Effect, EndReason, Event, Machine, Phase, Refusal},
     metrics::{Counted, StartOutcome, SuspendEnd},
     operations::{self, Kind, Operation, Outcome, Remains},
@@ -55,9 +59,11 @@ pub(crate) struct Driver {
     parked: Option<BoxFuture<'static, ()>>,
     operation: Option<Operation>,
     /// Bounded by the seat's places; who left is dropped when that number is reached.
-    waiting: Vec<oneshot::Sender<Result<Grant, Refused>>>,
+    waiting: Vec<oneshot::Sender<Result<Grant, Denial>>>,
     /// The start under way, or the take-back that may become one.
     wake: Option<Wake>,
+    /// The steps of the start that has just failed, for those who waited for it.
+    failed: Phases,
     /// Set while the node ends: nothing new is begun.
     draining: bool,
     counted: Counted,
@@ -71,6 +77,17 @@ struct Wake {
     /// Whether this is the first start of all.
     launch: bool,
     phases: Phases,
+}
+
+impl Wake {
+    /// The steps of a start that has failed, `failed` for what was being done last; they add up to the whole.
+    fn failed(self, queued: Duration, now: Instant) -> Phases {
+        let mut phases = self.phases;
+        phases.push(("queue", queued));
+        let known = phases.iter().map(|(_, took)| *took).sum();
+        phases.push(("failed", now.saturating_duration_since(self.asked_at).saturating_sub(known)));
+        phases
+    }
 }
 
 /// The next thing to deal with.
@@ -111,6 +128,7 @@ impl Driver {
             operation: None,
             waiting: Vec::new(),
             wake: None,
+            failed: Vec::new(),
             draining: false,
             counted,
             ticket,
@@ -353,8 +371,9 @@ impl Driver {
 
     /// Answers everyone who waits.
     fn fail(&mut self, refused: &Refused) {
+        let phases = std::mem::take(&mut self.failed);
         for waiter in self.waiting.drain(..) {
-            let _ = waiter.send(Err(refused.clone()));
+            let _ = waiter.send(Err(Denial { refused: refused.clone(), phases: phases.clone() }));
         }
     }
 
@@ -372,7 +391,7 @@ impl Driver {
                 if let Err(refusal) = self.apply(Event::Request).await
                     && let Some(reply) = self.waiting.pop()
                 {
-                    let _ = reply.send(Err(refused(refusal)));
+                    let _ = reply.send(Err(refused(refusal).into()));
                 }
             }
             Ask::Suspend(reply) => {
@@ -434,7 +453,7 @@ impl Driver {
         while let Ok(ask) = self.mail.asks.try_recv() {
             let reason = CLOSING.to_owned();
             match ask {
-                Ask::Awake(reply) => drop(reply.send(Err(Refused::StartFailed { reason }))),
+                Ask::Awake(reply) => drop(reply.send(Err(Refused::StartFailed { reason }.into()))),
                 Ask::Suspend(reply) => drop(reply.send(Err(Refused::SuspendFailed { reason }))),
                 Ask::Resume(reply) => drop(reply.send(Err(Refused::StartFailed { reason }))),
             }

@@ -87,7 +87,7 @@ pub(crate) const CLOSING: &str = "this node is shutting down";
 /// A question to the driver.
 pub(crate) enum Ask {
     /// Awake, please; I wait.
-    Awake(oneshot::Sender<Result<Grant, Refused>>),
+    Awake(oneshot::Sender<Result<Grant, Denial>>),
     /// The API's SuspendMicrovm.
     Suspend(oneshot::Sender<Result<(), Refused>>),
     /// The API's ResumeMicrovm.
@@ -104,6 +104,20 @@ pub(crate) struct Grant {
     pub(crate) live: Arc<Live>,
     /// The steps of the wake.
     pub(crate) phases: Option<Arc<Phases>>,
+}
+
+/// The driver's no to one who waited.
+#[derive(Debug)]
+pub(crate) struct Denial {
+    pub(crate) refused: Refused,
+    /// The steps of a wake that failed.
+    pub(crate) phases: Phases,
+}
+
+impl From<Refused> for Denial {
+    fn from(refused: Refused) -> Self {
+        Self { refused, phases: Vec::new() }
+    }
 }
 
 /// One generation of a running microVM.
@@ -162,6 +176,11 @@ impl MicrovmHandle {
     /// For the request path: awake already, or woken now (one wake for all who ask; design §4 rule 2). Dropping the
     /// future gives up the caller's place and does not cancel the wake.
     pub async fn awake(&self, deadline: Instant) -> Result<Awake, Refused> {
+        self.awake_or_why(deadline).await.map_err(|unwoken| unwoken.refused)
+    }
+
+    /// The same, and how the wake went for one who waited in vain.
+    pub async fn awake_or_why(&self, deadline: Instant) -> Result<Awake, Unwoken> {
         let seat = &self.seat;
         if let Some(hold) = seat.activity.enter()
             && let Some(live) = seat.live.load_full()
@@ -170,17 +189,19 @@ impl MicrovmHandle {
         }
 
         // Freed when this future ends or is dropped: a client that leaves frees its place at once.
-        let _place = seat.places.try_acquire().map_err(|_| Refused::Busy)?;
+        let _place = seat.places.try_acquire().map_err(|_| Unwoken::at_once(Refused::Busy))?;
         let _counted = Counted::new(&seat.requests_waiting);
         let began = seat.clock.now();
         let (reply, answer) = oneshot::channel();
         seat.asks.try_send(Ask::Awake(reply)).map_err(|error| match error {
-            mpsc::error::TrySendError::Full(_) => Refused::Busy,
-            mpsc::error::TrySendError::Closed(_) => self.nobody_drives(),
+            mpsc::error::TrySendError::Full(_) => Unwoken::at_once(Refused::Busy),
+            mpsc::error::TrySendError::Closed(_) => Unwoken::at_once(self.nobody_drives()),
         })?;
         let answer = tokio::time::timeout(deadline.saturating_duration_since(began), answer).await;
         let waited = seat.clock.now().saturating_duration_since(began);
-        let grant = answer.map_err(|_| Refused::TimedOut { waited })?.map_err(|_| self.nobody_drives())??;
+        let answer = answer.map_err(|_| Refused::TimedOut { waited }.into());
+        let answer = answer.and_then(|answer| answer.unwrap_or_else(|_| Err(self.nobody_drives().into())));
+        let grant = answer.map_err(|Denial { refused, phases }| Unwoken { refused, report: WakeReport { waited, phases } })?;
         let woke = grant.phases.map(|phases| WakeReport { waited, phases: Phases::clone(&phases) });
         Ok(Awake { hold: grant.hold, live: grant.live, woke })
     }
@@ -238,13 +259,28 @@ impl MicrovmHandle {
 }
 
 /// How a wake went, for the one who had to wait for it.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WakeReport {
     /// How long this caller waited.
     pub waited: Duration,
     /// The steps of the wake, which began when its first caller came: `take-back` (waiting for a suspend that was under
     /// way), `queue` (for a start slot), the engine's own, `record` (making the new state durable).
     pub phases: Phases,
+}
+
+/// Why a caller got no [`Awake`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unwoken {
+    /// The reason.
+    pub refused: Refused,
+    /// What it waited, and for what: of a wake that failed the same steps as of one that succeeded, and `failed` for the rest.
+    pub report: WakeReport,
+}
+
+impl Unwoken {
+    fn at_once(refused: Refused) -> Self {
+        Self { refused, report: WakeReport { waited: Duration::ZERO, phases: Vec::new() } }
+    }
 }
 
 /// Leave to talk to an awake microVM, and the promise that its idle clock cannot fire meanwhile: a *hold*. While it is

@@ -29,4 +29,4 @@ mod reconcile;
 mod registry;
 
 pub use controller::{Controller, ControllerConfig, ControllerError, RunSpec};
-pub use handle::{Awake, MicrovmHandle, MicrovmView, Refused, WakeReport};
+pub use handle::{Awake, MicrovmHandle, MicrovmView, Refused, Unwoken, WakeReport};

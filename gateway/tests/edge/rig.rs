@@ -3,13 +3,14 @@
 use std::{
     collections::BTreeMap,
     net::SocketAddr,
+    path::PathBuf,
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
 use bytes::Bytes;
 use config::{Config, EdgeLimits};
-use gateway::{Gateway, GatewayConfig, Limits, Tls};
+use gateway::{AccessLogTarget, Gateway, GatewayConfig, Limits, Tls};
 use http::{Request, Response};
 use http_body_util::{BodyExt as _, Full, combinators::BoxBody};
 use hyper::body::Incoming;
@@ -58,6 +59,7 @@ pub struct Rig {
     pub address: SocketAddr,
     pub metrics: prometheus::Registry,
     pub limits: Limits,
+    pub access_log: PathBuf,
     tls: Tls,
     pub stop: CancellationToken,
     pub served: Option<JoinHandle<()>>,
@@ -95,6 +97,7 @@ impl Rig {
         .unwrap();
         let keys = KeyRing::open_or_create(&dir.path().join("keys")).unwrap();
         let authority = Authority::new();
+        let access_log = dir.path().join("access.log");
         let mut limits = EdgeLimits { hold: Duration::from_secs(10), grace: Duration::from_secs(10), ..Config::defaults().edge.limits };
         change(&mut limits);
         let config = GatewayConfig {
@@ -102,13 +105,14 @@ impl Rig {
             domain_suffix: SUFFIX.to_owned(),
             runtime_dir: dir.path().to_owned(),
             limits,
+            access_log: AccessLogTarget::File(access_log.clone()),
         };
         let tls = Tls::from(Arc::new(authority.server()));
         let gateway = Gateway::bind(config, controller.clone(), keys.clone(), tls.clone(), &metrics).await.unwrap();
         let (address, limits) = (gateway.local_addr(), gateway.limits());
         let stop = CancellationToken::new();
         let served = tokio::spawn(gateway.serve(stop.clone()));
-        Self { engine, controller, keys, address, metrics, limits, tls, stop, served: Some(served), authority, _dir: dir }
+        Self { engine, controller, keys, address, metrics, limits, tls, stop, served: Some(served), access_log, authority, _dir: dir }
     }
 
     /// A microVM that runs, with this app on its port 8080.
@@ -177,16 +181,30 @@ impl Rig {
         H2(send)
     }
 
+    /// The access log so far.
+    pub fn log(&self) -> Vec<serde_json::Value> {
+        let text = std::fs::read_to_string(&self.access_log).unwrap();
+        text.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"))).collect()
+    }
+
     /// One value of `/metrics`.
     pub fn metric(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
+        let metric = self.one_metric(name, labels);
+        metric.get_counter().get_value() + metric.get_gauge().get_value()
+    }
+
+    /// How many values one histogram of `/metrics` has been given.
+    pub fn observations(&self, name: &str, labels: &[(&str, &str)]) -> u64 {
+        self.one_metric(name, labels).get_histogram().get_sample_count()
+    }
+
+    fn one_metric(&self, name: &str, labels: &[(&str, &str)]) -> prometheus::proto::Metric {
         let families = self.metrics.gather();
         let family = families.iter().find(|family| family.name() == name).unwrap_or_else(|| panic!("no metric {name}"));
-        let metric = family
-            .get_metric()
-            .iter()
-            .find(|metric| labels.iter().all(|(name, value)| metric.get_label().iter().any(|pair| pair.name() == *name && pair.value() == *value)))
-            .unwrap_or_else(|| panic!("no {name} with {labels:?}"));
-        metric.get_counter().get_value() + metric.get_gauge().get_value()
+        let fits = |metric: &&prometheus::proto::Metric| {
+            labels.iter().all(|(name, value)| metric.get_label().iter().any(|pair| pair.name() == *name && pair.value() == *value))
+        };
+        family.get_metric().iter().find(fits).unwrap_or_else(|| panic!("no {name} with {labels:?}")).clone()
     }
 
     /// Everything of `/metrics` as text.

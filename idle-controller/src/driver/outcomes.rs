@@ -17,7 +17,7 @@ impl Driver {
     pub(super) async fn ended(&mut self, operation: Operation, outcome: Outcome) {
         match outcome {
             Outcome::Start { queued, result: Ok(started) } => self.started(started, queued).await,
-            Outcome::Start { result: Err(error), .. } => self.start_failed(operation.kind, error).await,
+            Outcome::Start { queued, result: Err(error) } => self.start_failed(operation.kind, queued, error).await,
             Outcome::Suspend(result) => self.suspend_ended(operation.began, result).await,
             Outcome::Inspect(result) => {
                 let found = match result {
@@ -40,7 +40,7 @@ impl Driver {
         }
     }
 
-    async fn start_failed(&mut self, kind: Kind, error: EngineError) {
+    async fn start_failed(&mut self, kind: Kind, queued: Duration, error: EngineError) {
         let launch = kind == Kind::Launch;
         let own = self.node.microvm_dir(self.seat.id);
         tracing::warn!(microvm.id = %self.seat.id, launch, error = chain(&error), "a start failed");
@@ -52,9 +52,12 @@ impl Driver {
             }
             error => (StartOutcome::Failed, Event::StartFailed { reason: chain(&error) }),
         };
-        self.wake = None;
+        if let Some(wake) = self.wake.take() {
+            self.failed = wake.failed(queued, self.node.clock.now());
+        }
         self.start_ended(launch, outcome);
         self.feed(event).await;
+        self.failed.clear();
     }
 
     fn start_ended(&self, launch: bool, outcome: StartOutcome) {
@@ -111,7 +114,12 @@ impl Driver {
         if let Err(error) = self.save(&machine).await {
             self.note_save_failure(&error);
             started.vm.kill().await;
-            let launch = self.wake.take().is_some_and(|wake| wake.launch);
+            let launch = self.wake.take().is_some_and(|mut wake| {
+                let launch = wake.launch;
+                wake.phases.extend(started.phases);
+                self.failed = wake.failed(queued, self.node.clock.now());
+                launch
+            });
             self.start_ended(launch, StartOutcome::Failed);
             let reason = format!("it could not be recorded that it runs: {}", chain(&error));
             return self.feed(Event::StartFailed { reason }).await;

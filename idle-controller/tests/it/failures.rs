@@ -1,6 +1,9 @@
 //! What goes wrong below, and what is left of the microVM (cases 40–42).
 
-use std::io;
+use std::{
+    io,
+    time::{Duration, Instant},
+};
 
 use idle_controller::Refused;
 use model::{Generation, MicrovmState};
@@ -53,6 +56,18 @@ async fn a_failed_wake_keeps_the_snapshot_and_the_next_request_tries_again() {
     assert_eq!(handle.view().state_reason, None);
     assert_eq!(node.metric("idle_wakes_total", Some("failed")), 3.0);
     assert_eq!(node.metric("idle_wakes_total", Some("started")), 1.0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_who_waits_in_vain_learns_how_far_the_wake_came() {
+    let node = Node::start().await;
+    let handle = node.suspended(spec()).await;
+    node.engine.fail_next_restore(disk_full());
+    let unwoken = handle.awake_or_why(Instant::now() + 30 * MINUTE).await.unwrap_err();
+    assert_eq!(unwoken.refused, Refused::StartFailed { reason: DISK_FULL.to_owned() });
+    let steps: Vec<_> = unwoken.report.phases.iter().map(|(step, _)| *step).collect();
+    assert_eq!(steps, ["queue", "failed"]);
+    assert_eq!(unwoken.report.phases.iter().map(|(_, took)| *took).sum::<Duration>(), unwoken.report.waited);
 }
 
 #[tokio::test(start_paused = true)]
