@@ -7,6 +7,7 @@ mod files;
 mod log;
 mod node;
 mod pki;
+mod rotate;
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -42,6 +43,8 @@ enum Verb {
     Doctor(Place),
     /// Make the base image that Dockerfiles start from, if it is not there yet.
     Base(Place),
+    /// Mint endpoint tokens with a fresh key from now on; a running node takes it up, and no token becomes invalid.
+    RotateTokenKey(Place),
     /// Print a configuration file with every key, its default and its meaning.
     Config,
 }
@@ -59,6 +62,7 @@ fn main() -> ExitCode {
         Verb::Env(place) => (place, node::env as fn(Config) -> anyhow::Result<()>),
         Verb::Doctor(place) => (place, node::doctor as fn(Config) -> anyhow::Result<()>),
         Verb::Base(place) => (place, node::base as fn(Config) -> anyhow::Result<()>),
+        Verb::RotateTokenKey(place) => (place, (|config| rotate::run(&config.node.data_dir)) as fn(Config) -> anyhow::Result<()>),
     };
     let (place, act) = place;
     let mut config = match Config::load(place.config.as_deref()) {

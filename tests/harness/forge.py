@@ -23,6 +23,7 @@ class Forger:
     """Holds the node's newest key, taken from its data directory."""
 
     def __init__(self, node, genuine):
+        self.node = node
         self.parts = genuine.split(".")
         self.header = json.loads(decode(self.parts[0]))
         self.key = ring_key(node, self.header["kid"])
@@ -37,7 +38,9 @@ class Forger:
         protected = encode(raw_header if raw_header is not None else self.protected(self.header if header is None else header))
         iv = os.urandom(iv_bytes)
         sealed = AESGCM(key or self.key).encrypt(iv, plain, protected.encode())
-        return ".".join([protected, "", encode(iv), encode(sealed[:-16]), encode(sealed[-16:][:tag_bytes])])
+        token = ".".join([protected, "", encode(iv), encode(sealed[:-16]), encode(sealed[-16:][:tag_bytes])])
+        self.node.minted.append(token)  # Just as secret, where it works.
+        return token
 
     def protected(self, header):
         """The header's JSON, written as the node writes it: a token must not be refused for a blank alone."""

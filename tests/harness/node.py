@@ -19,11 +19,14 @@ import boto3
 from botocore.config import Config
 from prometheus_client.parser import text_string_to_metric_families
 
+from .leaks import Tokens
 from .waiting import StopWaiting, eventually
 
 READY_WITHIN = 60
 STOPPED_WITHIN = 60
 ANY = "127.0.0.1:0"
+# Larger files of a data directory are disks and memory of guests; those that tokens could get into are not.
+LARGEST_SEARCHED = 16 << 20
 # What the tests look at most.
 WAKES = "idle_wakes_total"
 OPEN_STREAMS = "edge_open_streams"
@@ -120,9 +123,13 @@ class Node:
         self.close()
 
     def close(self):
-        """Ends all microVMs and the node, then fails if a process of the data directory or a token in the log is left."""
+        """Ends all microVMs and the node, then fails if a process of the data directory is left, or any part of a token in the
+        log, the metrics, an app's log or another file of the node."""
         if not self.runs:
             self.start()
+        tokens = Tokens(self.minted)
+        # While the microVMs have their logs; what is being written meanwhile may be gone when it is looked at.
+        leaked = tokens.found_in(self.admin_get("/metrics")[1].encode()) + tokens.found_under(self.data_dir, largest=LARGEST_SEARCHED)
         self.terminate_all()
         code = self.stop()
         live.remove(self)
@@ -132,10 +139,8 @@ class Node:
                 os.kill(pid, signal.SIGKILL)
         assert code == 0, f"the node ended with {code} after SIGTERM:\n{self.log_tail()}"
         assert not left, f"{len(left)} process(es) of {self.data_dir} were left after the node stopped: {left}"
-        log = self.log.read_text(errors="replace")
-        # The last part is the tag: it stands for the whole, and does not hide behind a cut-off prefix.
-        leaked = [token[:40] for token in self.minted if token in log or token.rsplit(".", 1)[-1] in log]
-        assert not leaked, f"{len(leaked)} token(s) were written to the node's log, the first begins with {leaked[0]}…"
+        leaked += tokens.found_in(self.log.read_bytes())
+        assert not leaked, f"parts of tokens stand in {len(leaked)} place(s):\n" + "\n".join(leaked[:20])
 
     def terminate_all(self):
         client = self.client()

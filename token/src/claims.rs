@@ -74,8 +74,8 @@ impl Claims {
         json(&wire)
     }
 
-    /// Reads a plaintext and checks its time against `now`. `skew` is how far in the future a token may be issued.
-    pub(crate) fn from_json(plaintext: &[u8], now: SystemTime, skew: Duration) -> Result<Self, Refusal> {
+    /// Reads a plaintext. Its time is not checked: see [`Claims::check_time`].
+    pub(crate) fn from_json(plaintext: &[u8]) -> Result<Self, Refusal> {
         let wire: Wire = serde_json::from_slice(plaintext).map_err(|_| Refusal::NotAuthentic)?;
         let ports = match wire.ports {
             WireScope::All => PortScope::All,
@@ -88,15 +88,18 @@ impl Claims {
             Some(lifetime) if lifetime <= MAX_LIFETIME.as_secs() => {}
             _ => return Err(Refusal::NotAuthentic),
         }
-        let now = seconds(now);
-        if wire.exp <= now {
-            return Err(Refusal::Expired);
-        }
-        if wire.iat > now.saturating_add(skew.as_secs()) {
-            return Err(Refusal::NotYetValid);
-        }
-        // Both are within an hour of now, so the sums are times.
         let time = |seconds: u64| UNIX_EPOCH.checked_add(Duration::from_secs(seconds)).ok_or(Refusal::NotAuthentic);
         Ok(Self { microvm: wire.sub, ports, shell: wire.shell, issued_at: time(wire.iat)?, expires_at: time(wire.exp)? })
+    }
+    /// Whether they hold at `now`. `skew` is how far in the future a token may be issued.
+    pub(crate) fn check_time(&self, now: SystemTime, skew: Duration) -> Result<(), Refusal> {
+        let now = seconds(now);
+        if seconds(self.expires_at) <= now {
+            return Err(Refusal::Expired);
+        }
+        if seconds(self.issued_at) > now.saturating_add(skew.as_secs()) {
+            return Err(Refusal::NotYetValid);
+        }
+        Ok(())
     }
 }

@@ -1,7 +1,7 @@
 //! The outer form of a token: `header..iv.ciphertext.tag`, each part base64url without padding (RFC 7516 §7.1).
 //!
-//! Owns: the structural check and the one cipher. Never parses a header: a key's header is one fixed text, and a token
-//! either starts with exactly that text or is refused. So `alg`, `enc`, `zip`, `crit`, `p2c` and the like of a stranger
+//! Owns: the structural check and the one cipher. Never parses a header: a key has two fixed texts for it, and a token
+//! either starts with exactly one of them or is refused. So `alg`, `enc`, `zip`, `crit`, `p2c` and the like of a stranger
 //! are never read, and of josekit only its A256GCM is reachable. The lengths of IV and tag are checked here because
 //! josekit 0.10 takes a tag of any length and panics at an empty IV.
 
@@ -22,6 +22,13 @@ const TAG_CHARS: usize = 22;
 /// The protected header of the key `kid`, as it stands in a token. The order of members is AWS's (aws-behaviour §2).
 pub(crate) fn header(kid: &uuid::Uuid) -> String {
     URL_SAFE_NO_PAD.encode(format!(r#"{{"kid":"{}","alg":"dir","enc":"A256GCM"}}"#, kid.hyphenated()))
+}
+
+/// The headers that a token of the key `kid` may have: ours, and the same three members sorted, as libraries write them that
+/// leave their callers no choice (RFC 7516 knows no order).
+pub(crate) fn headers(kid: &uuid::Uuid) -> [String; 2] {
+    let sorted = URL_SAFE_NO_PAD.encode(format!(r#"{{"alg":"dir","enc":"A256GCM","kid":"{}"}}"#, kid.hyphenated()));
+    [header(kid), sorted]
 }
 
 /// The parts of a text that may be a token; all are base64url letters, nothing is decoded yet.
@@ -71,4 +78,10 @@ pub(crate) fn encrypt(key: &[u8; KEY_BYTES], header: &str, plaintext: &[u8]) -> 
     let tag = tag.expect("GCM makes a tag");
     let encoded = |bytes: &[u8]| URL_SAFE_NO_PAD.encode(bytes);
     format!("{header}..{}.{}.{}", encoded(&iv), encoded(&ciphertext), encoded(&tag))
+}
+
+/// The parts of a token as they are, without the check of their letters.
+#[cfg(test)]
+pub(crate) fn parts<'a>(header: &'a str, encrypted_key: &'a str, iv: &'a str, ciphertext: &'a str, tag: &'a str) -> Parts<'a> {
+    Parts { header, encrypted_key, iv, ciphertext, tag }
 }

@@ -5,10 +5,12 @@
 //! structural check.
 //!
 //! ```text
-//! token ─► jwe: form, key by exact header, tag ─► claims: strict content, time ─► Claims
+//! token ─► cache: opened a moment ago? ─────────────────────────────┐
+//!   └────► jwe: form, key by exact header, tag ─► claims: strict content ─► time ─► Claims
 //! ```
 #![forbid(unsafe_code)]
 
+mod cache;
 mod claims;
 mod jwe;
 mod ring;

@@ -19,10 +19,13 @@ use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::{Claims, MAX_LIFETIME, Refusal, jwe};
+use crate::{Claims, MAX_LIFETIME, Refusal, cache::Cache, jwe};
 
 /// The longest time by which an issuer's clock may be ahead of ours.
 const MAX_SKEW: Duration = Duration::from_secs(5);
+/// How long after a rotation another process may still mint with the key that was replaced, because it has not read the ring
+/// again: what it mints lives its whole life all the same.
+const REREAD_WITHIN: Duration = Duration::from_secs(60);
 /// A ring holds a key per rotation of the last hour; a file larger than this is not a ring.
 const MAX_FILE_BYTES: u64 = 256 * 1024;
 
@@ -49,14 +52,18 @@ struct Shared {
     keys: ArcSwap<Keys>,
 }
 
-/// The ring in memory: the first key of the file mints; every key opens what begins with exactly its header.
+/// The ring in memory: the first key of the file mints; every key opens what begins with exactly one of its headers.
 struct Keys {
     minting: Arc<Key>,
     by_header: HashMap<String, Arc<Key>>,
+    n_keys: usize,
+    /// What these keys have opened.
+    opened: Cache,
 }
 
 struct Key {
     kid: Uuid,
+    /// Of the tokens it mints.
     header: String,
     secret: [u8; jwe::KEY_BYTES],
     opens_until: Option<SystemTime>,
@@ -95,7 +102,18 @@ impl KeyRing {
             }
         };
         let keys = file.checked(saved)?;
-        Ok(Self { shared: Arc::new(Shared { path: path.to_owned(), keys: ArcSwap::from_pointee(keys) }), skew: Duration::ZERO })
+        Ok(Self::of(path, keys))
+    }
+
+    /// Reads the ring, which must be there.
+    pub fn open_existing(path: &Path) -> Result<Self, KeyRingError> {
+        let file = RingFile { path };
+        let saved = file.read()?.ok_or_else(|| file.error("there is none; dormouse serve makes it at its first start"))?;
+        Ok(Self::of(path, file.checked(saved)?))
+    }
+
+    fn of(path: &Path, keys: Keys) -> Self {
+        Self { shared: Arc::new(Shared { path: path.to_owned(), keys: ArcSwap::from_pointee(keys) }), skew: Duration::ZERO }
     }
 
     /// Lets tokens be issued up to `skew` (at most 5 s) in the future, for nodes whose clocks differ. The default is 0.
@@ -104,7 +122,8 @@ impl KeyRing {
         Self { skew: skew.min(MAX_SKEW), ..self }
     }
 
-    /// Adds a fresh key for minting; older keys still open tokens for 60 minutes (cases.md 15).
+    /// Adds a fresh key for minting; the older ones still open whatever they have minted (cases.md 15). Every process that uses
+    /// the ring must [`KeyRing::reload`] it within a minute.
     pub fn rotate(&self) -> Result<(), KeyRingError> {
         self.rotate_at(SystemTime::now())
     }
@@ -114,7 +133,7 @@ impl KeyRing {
         let _lock = file.lock()?;
         // The file is read again, so that a rotation by another process is not undone.
         let mut saved = file.read()?.ok_or_else(|| file.error("it has disappeared; restore it or restart to make a new one"))?;
-        let until = unix_seconds(now + MAX_LIFETIME);
+        let until = unix_seconds(now + MAX_LIFETIME + REREAD_WITHIN);
         saved.keys.retain(|key| key.opens_until.is_none_or(|end| end > unix_seconds(now)));
         for key in &mut saved.keys {
             key.opens_until.get_or_insert(until);
@@ -122,7 +141,7 @@ impl KeyRing {
         saved.keys.insert(0, SavedKey::fresh(now));
         file.write(&saved)?;
         let keys = file.checked(saved)?;
-        tracing::info!(key.id = %keys.minting.kid, n_keys = keys.by_header.len(), "the token key was rotated");
+        tracing::info!(key.id = %keys.minting.kid, n_keys = keys.n_keys, "the token key was rotated");
         self.shared.keys.store(Arc::new(keys));
         Ok(())
     }
@@ -143,13 +162,35 @@ impl KeyRing {
 
     /// Opens a token and checks its time against `now`. Which microVM and which port is the caller's to check.
     pub fn open(&self, token: &str, now: SystemTime) -> Result<Claims, Refusal> {
-        let parts = jwe::split(token)?;
         let keys = self.shared.keys.load();
-        let key = keys.by_header.get(parts.header).ok_or(Refusal::UnknownKey)?;
-        if key.opens_until.is_some_and(|end| end <= now) {
-            return Err(Refusal::UnknownKey);
+        let known = keys.opened.find(token, |entry| {
+            still_opens(entry.key_opens_until, now)?;
+            entry.claims.check_time(now, self.skew).map(|()| entry.claims.clone())
+        });
+        if let Some(answer) = known {
+            return answer;
         }
-        Claims::from_json(&jwe::decrypt(&key.secret, &parts)?, now, self.skew)
+        let parts = jwe::split(token)?;
+        let key = keys.by_header.get(parts.header).ok_or(Refusal::UnknownKey)?;
+        still_opens(key.opens_until, now)?;
+        let claims = Claims::from_json(&jwe::decrypt(&key.secret, &parts)?)?;
+        claims.check_time(now, self.skew)?;
+        keys.opened.keep(token, &claims, key.opens_until);
+        Ok(claims)
+    }
+
+    /// Makes the cache believe that the key of this token's header has opened it.
+    #[cfg(test)]
+    pub(crate) fn plant(&self, token: &str, claims: &Claims) {
+        let keys = self.shared.keys.load();
+        let header = token.split('.').next().unwrap_or_default();
+        keys.opened.keep(token, claims, keys.by_header[header].opens_until);
+    }
+
+    /// How many tokens the cache knows.
+    #[cfg(test)]
+    pub(crate) fn n_opened(&self) -> usize {
+        self.shared.keys.load().opened.len()
     }
 }
 
@@ -159,9 +200,13 @@ impl fmt::Debug for KeyRing {
         f.debug_struct("KeyRing")
             .field("path", &self.shared.path)
             .field("minting", &keys.minting.kid)
-            .field("n_keys", &keys.by_header.len())
+            .field("n_keys", &keys.n_keys)
             .finish_non_exhaustive()
     }
+}
+
+fn still_opens(key_opens_until: Option<SystemTime>, now: SystemTime) -> Result<(), Refusal> {
+    if key_opens_until.is_some_and(|end| end <= now) { Err(Refusal::UnknownKey) } else { Ok(()) }
 }
 
 fn unix_seconds(time: SystemTime) -> u64 {
@@ -258,12 +303,14 @@ impl RingFile<'_> {
             if key.opens_until.is_none() && minting.replace(Arc::clone(&key)).is_some() {
                 return Err(self.error("more than one key mints; exactly one may have no opens_until"));
             }
-            if by_header.insert(key.header.clone(), key).is_some() {
-                return Err(self.error("two keys have one id"));
+            for header in jwe::headers(&key.kid) {
+                if by_header.insert(header, Arc::clone(&key)).is_some() {
+                    return Err(self.error("two keys have one id"));
+                }
             }
         }
         let minting = minting.ok_or_else(|| self.error("no key mints; exactly one must have opens_until null"))?;
-        Ok(Keys { minting, by_header })
+        Ok(Keys { minting, by_header, n_keys: saved.keys.len(), opened: Cache::new() })
     }
 
     fn sibling(&self, suffix: &str) -> PathBuf {

@@ -14,4 +14,5 @@ mod limits;
 mod log;
 mod pingora;
 mod rig;
+mod timing;
 mod websocket;

@@ -30,7 +30,8 @@ class Handler(BaseHTTPRequestHandler):
     timeout = 600
 
     def log_message(self, format, *args):
-        print(f"{self.command} {urlsplit(self.path).path} {args[1] if len(args) > 1 else ''}", flush=True)
+        # With all that reached the guest, so that a token that should not have is found in the app's log.
+        print(f"{self.command} {self.path} {args[1] if len(args) > 1 else ''} {dict(getattr(self, 'headers', None) or {})}", flush=True)
 
     # -- answers ------------------------------------------------------------------------------------------------
 
