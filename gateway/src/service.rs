@@ -140,7 +140,7 @@ impl Service {
     /// Answers by itself, by hand: pingora's own way closes the connection each time.
     async fn refuse(&self, session: &mut Session, ctx: &mut Context, reason: Reason, afterwards: Afterwards) -> Result<()> {
         ctx.reason = Some(reason);
-        if afterwards == Afterwards::Close || session.is_process_shutting_down() || !swallow_body(session).await {
+        if afterwards == Afterwards::Close || session.is_process_shutting_down() || !(session.is_http2() || swallow_body(session).await) {
             session.set_keepalive(None);
         }
         let reply = reason.reply();
@@ -162,7 +162,13 @@ impl Service {
         if has_body {
             downstream.write_response_body(Bytes::from_static(body.as_bytes()), true).await?;
         }
-        downstream.finish_body().await
+        downstream.finish_body().await?;
+        if session.is_http2() {
+            // A stream that ends under a client which is still sending is reset, and curl then shows the reset and not the answer.
+            ctx.answered_after.get_or_insert(ctx.begun.elapsed());
+            swallow_body(session).await;
+        }
+        Ok(())
     }
 
     /// Whose fault an error is, and what the client reads.
@@ -654,7 +660,7 @@ impl ProxyHttp for Service {
 /// Reads what is left of a refused request's body and throws it away, within bounds. Whether the connection is clean
 /// afterwards.
 async fn swallow_body(session: &mut Session) -> bool {
-    if session.is_http2() || session.as_downstream_mut().is_body_done() {
+    if session.as_downstream_mut().is_body_done() {
         return true;
     }
     let headers = &session.req_header().headers;
