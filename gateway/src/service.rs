@@ -165,7 +165,6 @@ impl Service {
         downstream.finish_body().await?;
         if session.is_http2() {
             // A stream that ends under a client which is still sending is reset, and curl then shows the reset and not the answer.
-            ctx.answered_after.get_or_insert(ctx.begun.elapsed());
             swallow_body(session).await;
         }
         Ok(())
