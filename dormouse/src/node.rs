@@ -129,7 +129,6 @@ async fn run(config: Config, log: &Log) -> Result<()> {
         GatewayConfig {
             listen: config.edge.listen,
             domain_suffix: config.edge.domain_suffix.clone(),
-            runtime_dir: data_dir.join("run"),
             access_log: config.log.access.clone().map_or(AccessLogTarget::Stderr, AccessLogTarget::File),
             limits: config.edge.limits.clone(),
         },

@@ -1,6 +1,6 @@
 //! What the gateway is told.
 
-use std::{net::SocketAddr, path::PathBuf, sync::Arc};
+use std::{net::SocketAddr, sync::Arc};
 
 use arc_swap::{ArcSwap, Guard};
 use ::config::EdgeLimits;
@@ -15,9 +15,6 @@ pub struct GatewayConfig {
     pub listen: SocketAddr,
     /// Endpoints are `<uuid>.<domain_suffix>`.
     pub domain_suffix: String,
-    /// A directory in which the gateway makes a private directory of its own (mode 0700) for the sockets that tie it to
-    /// itself. The path must be short: a socket's path has at most 107 bytes.
-    pub runtime_dir: PathBuf,
     /// What clients and guests may take.
     pub limits: EdgeLimits,
     /// Where the access log goes.

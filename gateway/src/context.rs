@@ -14,7 +14,7 @@ use crate::{
     reply::{Asker, Reason},
     upstream::{
         connector::{FailureSlot, TunnelSlot},
-        links::{Link, Speaks, Target},
+        links::{Speaks, Target, Use},
     },
     websocket::Handshake,
 };
@@ -56,7 +56,7 @@ pub(crate) struct Context {
     /// Where the connector leaves its end of a WebSocket's stream.
     pub tunnel: TunnelSlot,
     /// The connection to the guest, where it is a tied one.
-    pub link: Option<Arc<Link>>,
+    pub link: Option<Use>,
     /// Whether that connection was used before.
     pub reused: bool,
     /// Ends the connection if the guest stays silent.
@@ -67,8 +67,6 @@ pub(crate) struct Context {
     pub silent: Arc<OnceLock<()>>,
     /// Interim answers of the guest so far.
     pub interim: u8,
-    /// Whether the end of the answer is the end of the guest's connection.
-    pub close_delimited: bool,
     /// What kind of stream the answer is, if it is one.
     pub stream: Option<StreamKind>,
     /// Body bytes from the client.
@@ -117,7 +115,6 @@ impl Context {
             watch: None,
             silent: Arc::default(),
             interim: 0,
-            close_delimited: false,
             stream: None,
             bytes_in: 0,
             bytes_out: 0,

@@ -33,7 +33,7 @@ pub(crate) fn check(method: &Method, version: Version, headers: &HeaderMap, raw:
     }
     // pingora takes a bare LF for the end of a line, and what stands before us or behind us may not (RFC 9112 §2.2 leaves
     // it open). What comes in two readings is refused.
-    if raw.iter().scan(b'\n', |before, byte| Some((std::mem::replace(before, *byte), *byte))).any(|pair| pair.1 == b'\n' && pair.0 != b'\r') {
+    if memchr::memchr_iter(b'\n', raw).any(|end| end == 0 || raw[end - 1] != b'\r') {
         return Err(Reason::MalformedRequest);
     }
     // RFC 9112 §3.2; pingora lets it through.

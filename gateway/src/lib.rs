@@ -36,7 +36,7 @@ mod upstream;
 mod wake;
 mod websocket;
 
-use std::{fs, net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, sync::Arc};
 
 use ::config::EdgeLimits;
 use idle_controller::Controller;
@@ -94,8 +94,8 @@ impl Gateway {
         let listener = TcpListener::bind(config.listen).await.map_err(listen)?;
         let local_addr = listener.local_addr().map_err(listen)?;
         let metrics = Arc::new(Metrics::register(metrics).map_err(GatewayError::Metrics)?);
-        let links = Arc::new(Links::open(&config.runtime_dir, metrics.upstream_streams.clone())?);
         let limits = Limits::new(config.limits);
+        let links = Arc::new(Links::new(limits.clone(), metrics.upstream_streams.clone()));
         let log = AccessLog::open(&config.access_log, metrics.log_lines_lost.clone())
             .map_err(|source| GatewayError::AccessLog { target: config.access_log, source })?;
         let guard = GuardSettings { limits: limits.clone(), metrics: metrics.clone(), log: log.clone() };
@@ -107,7 +107,7 @@ impl Gateway {
             keys,
             metrics,
             log: log.clone(),
-        })?;
+        });
         Ok(Self { listener, local_addr, proxy: Arc::new(proxy), links, tls: tls.into(), limits, guard, log })
     }
 
@@ -124,19 +124,18 @@ impl Gateway {
     /// Serves until `shutdown` fires, then takes nothing new (HTTP/2 clients read GOAWAY, idle connections are closed),
     /// lets what runs finish for at most [`EdgeLimits::grace`], and returns as soon as nothing is left.
     pub async fn serve(self, shutdown: CancellationToken) {
+        self.links.start_sweeping();
         listener::serve(self.listener, self.proxy, self.tls, self.guard, shutdown).await;
         self.links.close().await;
         self.log.flush().await;
     }
 }
 
-fn proxy(service: Service) -> Result<HttpProxy<Service>, GatewayError> {
-    // pingora loads the host's certificate authorities for TLS towards upstreams, which we never speak, and panics where
-    // there are none. An empty list of our own keeps it from looking.
-    let path = service.peers.links().dir().join("no-authorities.pem");
-    fs::write(&path, "").map_err(|source| GatewayError::PrivateSocket { path: path.clone(), source })?;
+fn proxy(service: Service) -> HttpProxy<Service> {
     let conf = ServerConf {
-        ca_file: path.to_str().map(str::to_owned),
+        // pingora loads the host's certificate authorities for its own TLS towards upstreams, which is never used, and
+        // panics where there are none. An empty list keeps it from looking.
+        ca_file: Some("/dev/null".to_owned()),
         upstream_keepalive_pool_size: POOL,
         threads: 1,
         ..ServerConf::default()
@@ -155,5 +154,5 @@ fn proxy(service: Service) -> Result<HttpProxy<Service>, GatewayError> {
         .initial_connection_window_size(limits.connection_window)
         .max_local_error_reset_streams(Some(RESETS));
     proxy.h2_options = Some(h2);
-    Ok(proxy)
+    proxy
 }

@@ -31,29 +31,17 @@ impl HeaderMeter {
     }
 
     /// Takes the next bytes; why the header is refused, once it is. What follows the header does not count.
-    pub fn feed(&mut self, bytes: &[u8]) -> Result<(), Reason> {
-        for byte in bytes {
-            if self.ended {
-                break;
-            }
-            self.bytes += 1;
-            match byte {
-                // Blank lines before a request line are allowed (RFC 9112 §2.2) and end nothing.
-                b'\n' if self.line_is_empty => self.ended = self.lines > 0,
-                b'\n' => {
-                    // A method, a target, a version (RFC 9112 §3).
-                    self.malformed |= self.lines == 0 && self.blanks != 2;
-                    self.lines += 1;
-                    self.line_is_empty = true;
-                }
-                b'\r' => {}
-                _ => {
-                    self.line_is_empty = false;
-                    if self.lines == 0 {
-                        self.blanks += usize::from(*byte == b' ');
-                        self.malformed |= *byte < b' ' || *byte == 0x7f;
-                    }
-                }
+    pub fn feed(&mut self, mut bytes: &[u8]) -> Result<(), Reason> {
+        while !self.ended && !bytes.is_empty() {
+            let end = memchr::memchr(b'\n', bytes);
+            let (piece, rest) = bytes.split_at(end.unwrap_or(bytes.len()));
+            self.bytes += piece.len();
+            self.take(piece);
+            bytes = rest;
+            if end.is_some() {
+                self.bytes += 1;
+                self.end_line();
+                bytes = &rest[1..];
             }
         }
         // The request line is one line more than there are fields.
@@ -61,6 +49,27 @@ impl HeaderMeter {
             return Err(Reason::HeaderTooLarge);
         }
         if self.malformed { Err(Reason::MalformedRequest) } else { Ok(()) }
+    }
+
+    /// Takes bytes of one line.
+    fn take(&mut self, piece: &[u8]) {
+        self.line_is_empty &= piece.iter().all(|byte| *byte == b'\r');
+        if self.lines == 0 {
+            self.blanks += piece.iter().filter(|byte| **byte == b' ').count();
+            self.malformed |= piece.iter().any(|byte| (*byte < b' ' && *byte != b'\r') || *byte == 0x7f);
+        }
+    }
+
+    fn end_line(&mut self) {
+        // Blank lines before a request line are allowed (RFC 9112 §2.2) and end nothing.
+        if self.line_is_empty {
+            self.ended = self.lines > 0;
+            return;
+        }
+        // A method, a target, a version (RFC 9112 §3).
+        self.malformed |= self.lines == 0 && self.blanks != 2;
+        self.lines += 1;
+        self.line_is_empty = true;
     }
 }
 

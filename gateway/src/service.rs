@@ -430,22 +430,30 @@ impl ProxyHttp for Service {
             return Ok(());
         }
         let links = self.peers.links();
-        let link = links.find(descriptor);
-        // pingora's pool compares 64-bit hashes only; this compares what was hashed. No link: it has just ended.
-        if link.as_ref().is_some_and(|link| link.target != wanted) {
+        let Some(link) = links.find(descriptor) else {
+            return Err(Self::fail(ctx, Reason::Internal));
+        };
+        // pingora's pool compares 64-bit hashes only; this compares what was hashed.
+        if link.target != wanted {
             tracing::error!("a pooled connection leads elsewhere than asked; it was not used");
             return Err(Self::fail(ctx, Reason::Internal));
         }
+        let Some(taken) = link.take_up() else {
+            // It idled for too long until just now. Nothing was sent on it, so another one may be made.
+            let mut error = Error::new_up(ErrorType::ConnectionClosed);
+            error.set_retry(true);
+            return Err(error);
+        };
+        ctx.link = Some(taken);
         // A connection of HTTP/2 carries other requests too, and is not cut for one of them.
-        if let (Some(limit), Some(link), Speaks::Http1) = (self.limits.load().first_byte_deadline, &link, wanted.speaks) {
-            let (link, silent) = (link.clone(), ctx.silent.clone());
+        if let (Some(limit), Speaks::Http1) = (self.limits.load().first_byte_deadline, wanted.speaks) {
+            let silent = ctx.silent.clone();
             ctx.first_byte = Some(AbortOnDropHandle::new(links.watch(async move {
                 tokio::time::sleep(limit).await;
                 let _ = silent.set(());
                 link.cut();
             })));
         }
-        ctx.link = link;
         Ok(())
     }
 
@@ -547,10 +555,6 @@ impl ProxyHttp for Service {
                 AnswerKind::Unknown => ctx.watch = Some(self.watch(awake.clone())),
             }
         }
-        ctx.close_delimited = ctx.spoken() == Speaks::Http1
-            && session.req_header().method != Method::HEAD
-            && !answer.headers.contains_key(header::CONTENT_LENGTH)
-            && !answer.headers.contains_key(header::TRANSFER_ENCODING);
         answer.insert_header(headers::REQUEST_ID_FIELD, &ctx.request_id)?;
         if answer.status == StatusCode::SWITCHING_PROTOCOLS { self.tunnel(session, answer, ctx).await } else { Ok(()) }
     }
@@ -575,10 +579,6 @@ impl ProxyHttp for Service {
             // The guest has done its part; how fast the client reads is no work of the guest's.
             awake.streaming();
             ctx.watch = None;
-        }
-        // An answer that ends with its connection is whole only if the guest closed in order.
-        if end_of_stream && ctx.close_delimited && ctx.link.as_ref().is_some_and(|link| link.is_broken()) {
-            return Err(Self::fail(ctx, Reason::GuestBroke));
         }
         Ok(None)
     }

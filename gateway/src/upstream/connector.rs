@@ -32,6 +32,9 @@ const STREAMS: usize = 100;
 const STREAM_WINDOW: u32 = 1 << 20;
 const CONNECTION_WINDOW: u32 = 1 << 22;
 
+/// pingora wants an address; nobody ever connects to it.
+const GUEST: &str = "/guest";
+
 /// Why no connection could be made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum DialFailure {
@@ -80,7 +83,7 @@ impl Peers {
         failure: &FailureSlot,
         tunnel: &TunnelSlot,
     ) -> Result<HttpPeer> {
-        let mut peer = HttpPeer::new_uds(self.links.path(), false, String::new())?;
+        let mut peer = HttpPeer::new_uds(GUEST, false, String::new())?;
         let options = &mut peer.options;
         options.idle_timeout = Some(self.limits.load().upstream_keepalive);
         match target.speaks {
@@ -161,13 +164,6 @@ impl L4Connect for Connector {
             let _ = self.tunnel.set(socket.end());
             return Ok(VirtualSocketStream::new(Box::new(socket)).into());
         }
-        match self.links.tie(self.target, stream) {
-            Ok(end) => Ok(end.into()),
-            Err(error) => {
-                let _ = self.failure.set(DialFailure::Final(Reason::Internal));
-                tracing::error!(error = %error, "a guest stream could not be tied to a socket pair; is the limit of open files reached?");
-                Err(Error::because(ErrorType::SocketError, "tying a guest stream", error))
-            }
-        }
+        Ok(VirtualSocketStream::new(Box::new(self.links.tie(self.target, stream))).into())
     }
 }

@@ -1,38 +1,38 @@
-//! Ties a guest stream to a named socket pair, so that pingora can pool it.
+//! Guest streams as pingora keeps them between requests.
 //!
-//! Owns: one private listener of this process in a directory of mode 0700, one task per tied stream that carries bytes
-//! both ways, and the record of what each descriptor leads to. The record is asked each time a pooled connection is used
-//! again: pingora's pool key is a 64-bit hash without a check for equality, and a collision would hand one tenant's
-//! connection to another (cases.md 32).
+//! Owns: the record of every stream that pingora holds for HTTP, what each leads to, and the end of those that idle.
+//! pingora knows a stream by a number; for these it is a negative one of ours (third_party/PATCHES.md), so that no
+//! descriptor is spent and no byte takes a detour through the kernel. The record is asked each time a pooled connection
+//! is used again: pingora's pool key is a 64-bit hash without a check for equality, and a collision would hand one
+//! tenant's connection to another (cases.md 32).
 
 use std::{
-    fs, io,
-    os::{
-        fd::{AsRawFd as _, RawFd},
-        unix::{
-            fs::DirBuilderExt as _,
-            net::{UnixListener as StdListener, UnixStream as StdStream},
-        },
-    },
-    path::{Path, PathBuf},
+    fmt, io,
+    os::fd::RawFd,
+    pin::Pin,
     sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicI32, Ordering},
     },
+    task::{Context, Poll, Waker},
+    time::{Duration, Instant},
 };
 
 use dashmap::DashMap;
 use model::{Generation, MicrovmId, Port};
+use pingora_core::protocols::l4::virt::{VirtualSockOpt, VirtualSocket};
 use prometheus::IntGauge;
-use tokio::{io::AsyncWriteExt as _, net::UnixStream};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use vmm_runtime::engine::GuestStream;
 
 use super::transport::Transport;
-use crate::{error::GatewayError, metrics::Open};
+use crate::{Limits, metrics::Open};
 
-/// A socket address holds a path of 108 bytes with its end mark.
-const MAX_PATH: usize = 107;
+/// How often idle streams are looked at. One that its guest has closed is found at its next use in any case.
+const SWEEP: Duration = Duration::from_secs(1);
+/// The numbers of streams begin here and go down: -1 is pingora's for a stream without a number.
+const FIRST: RawFd = -2;
 
 /// What is spoken with an app.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -60,76 +60,108 @@ pub(crate) struct Target {
     pub transport: Transport,
 }
 
-/// One tied stream.
-#[derive(Debug)]
+/// One stream.
 pub(crate) struct Link {
     /// Where it leads.
     pub target: Target,
-    cut: CancellationToken,
-    broken: AtomicBool,
+    // Guards the stream against its two users, pingora and the sweep; held for one poll.
+    state: Mutex<State>,
+}
+
+struct State {
+    /// `None` once it is cut.
+    guest: Option<(GuestStream, Open)>,
+    /// Who waits in pingora, to be woken by a cut.
+    reader: Option<Waker>,
+    writer: Option<Waker>,
+    /// Counts the requests that have used it.
+    uses: u64,
+    /// Since when no request uses it. While it is set nobody polls but the sweep.
+    idle_since: Option<Instant>,
 }
 
 impl Link {
-    /// Ends it at once; pingora reads an end of file.
-    pub fn cut(&self) {
-        self.cut.cancel();
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether the guest's end was reset, which a socket pair can only show as an orderly end.
-    pub fn is_broken(&self) -> bool {
-        self.broken.load(Ordering::Acquire)
+    /// Ends it at once: the guest reads an end, pingora an error.
+    pub fn cut(&self) {
+        let mut state = self.state();
+        let guest = state.guest.take();
+        let wakers = [state.reader.take(), state.writer.take()];
+        drop(state);
+        if let Some((mut guest, _open)) = guest {
+            finish(&mut guest);
+        }
+        wakers.into_iter().flatten().for_each(Waker::wake);
+    }
+
+    /// Takes it for one request; `None` if it has just been cut.
+    pub fn take_up(self: &Arc<Self>) -> Option<Use> {
+        let mut state = self.state();
+        state.guest.as_ref()?;
+        state.idle_since = None;
+        state.uses += 1;
+        let number = state.uses;
+        drop(state);
+        Some(Use { link: self.clone(), number })
+    }
+
+    /// Takes the stream out if it idles and is of no use any more: for too long, closed by its guest, or spoken on unasked.
+    fn take_spent(&self, keepalive: Duration) -> Option<(GuestStream, Open)> {
+        let mut state = self.state();
+        let since = state.idle_since?;
+        let (guest, _) = state.guest.as_mut()?;
+        // No waker of pingora's is lost: none is there while it idles.
+        let mut byte = [0];
+        let said = guest.as_mut().poll_read(&mut Context::from_waker(Waker::noop()), &mut ReadBuf::new(&mut byte));
+        if said.is_ready() || since.elapsed() > keepalive { state.guest.take() } else { None }
     }
 }
 
-/// All tied streams of one gateway.
+impl fmt::Debug for Link {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Link").field("target", &self.target).finish_non_exhaustive()
+    }
+}
+
+/// A link in the hands of one request; it idles from the drop on.
+#[derive(Debug)]
+pub(crate) struct Use {
+    link: Arc<Link>,
+    number: u64,
+}
+
+impl Drop for Use {
+    fn drop(&mut self) {
+        // A connection of HTTP/2 is read all the time by a task of its own, which also ends it when it idles.
+        if self.link.target.speaks != Speaks::Http1 {
+            return;
+        }
+        let mut state = self.link.state();
+        // pingora gives a connection back before its request is quite over; the next one may have it already.
+        if state.uses == self.number {
+            state.idle_since = Some(Instant::now());
+        }
+    }
+}
+
+/// All streams of one gateway.
+#[derive(Debug)]
 pub(crate) struct Links {
-    dir: PathBuf,
-    path: PathBuf,
-    // Guards connect and accept as one step, so that the two ends are a pair. Held for two system calls, neither of
-    // which waits: the backlog is empty whenever it is taken.
-    listener: Mutex<StdListener>,
-    by_descriptor: DashMap<RawFd, Arc<Link>>,
+    by_number: DashMap<RawFd, Arc<Link>>,
+    next: AtomicI32,
+    limits: Limits,
     tasks: TaskTracker,
     ended: CancellationToken,
     open: IntGauge,
 }
 
 impl Links {
-    /// Makes the private directory and the listener in it.
-    pub fn open(runtime_dir: &Path, open: IntGauge) -> Result<Self, GatewayError> {
-        let unique = uuid::Uuid::new_v4().simple().to_string();
-        let dir = runtime_dir.join(format!("dormouse-edge-{}", &unique[..12]));
-        let path = dir.join("guest");
-        if path.as_os_str().len() > MAX_PATH || path.to_str().is_none() {
-            return Err(GatewayError::PathTooLong { path, limit: MAX_PATH });
-        }
-        let failed = |path: &Path| {
-            let path = path.to_owned();
-            move |source| GatewayError::PrivateSocket { path, source }
-        };
-        fs::DirBuilder::new().mode(0o700).create(&dir).map_err(failed(&dir))?;
-        let listener = StdListener::bind(&path).map_err(failed(&path))?;
-        // An accept that would wait is a fault, never a hang.
-        listener.set_nonblocking(true).map_err(failed(&path))?;
-        Ok(Self {
-            dir,
-            path,
-            listener: Mutex::new(listener),
-            by_descriptor: DashMap::new(),
-            tasks: TaskTracker::new(),
-            ended: CancellationToken::new(),
-            open,
-        })
-    }
-
-    /// The address that every tied stream's pingora end is connected to.
-    pub fn path(&self) -> &str {
-        self.path.to_str().expect("checked when it was made")
-    }
-
-    /// The private directory.
-    pub fn dir(&self) -> &Path {
-        &self.dir
+    /// None yet.
+    pub fn new(limits: Limits, open: IntGauge) -> Self {
+        Self { by_number: DashMap::new(), next: AtomicI32::new(FIRST), limits, tasks: TaskTracker::new(), ended: CancellationToken::new(), open }
     }
 
     /// Counts a stream to a guest as open while the guard lives.
@@ -137,28 +169,33 @@ impl Links {
         Open::new(&self.open)
     }
 
-    /// What a descriptor of pingora's leads to.
-    pub fn find(&self, descriptor: RawFd) -> Option<Arc<Link>> {
-        self.by_descriptor.get(&descriptor).map(|link| link.clone())
+    /// What a stream of pingora's leads to.
+    pub fn find(&self, number: RawFd) -> Option<Arc<Link>> {
+        self.by_number.get(&number).map(|link| link.clone())
     }
 
-    /// Ties a guest stream. Dropping the returned end closes the stream.
-    pub fn tie(self: &Arc<Self>, target: Target, guest: GuestStream) -> io::Result<UnixStream> {
-        let (ours, pingoras) = self.pair()?;
-        let link = Arc::new(Link { target, cut: self.ended.child_token(), broken: AtomicBool::new(false) });
-        let descriptor = pingoras.as_raw_fd();
-        self.by_descriptor.insert(descriptor, link.clone());
-        let links = self.clone();
-        self.tasks.spawn(async move {
-            let _open = links.count_open();
-            tokio::select! {
-                () = carry(ours, guest, &link) => {}
-                () = link.cut.cancelled() => {}
+    /// Makes a guest stream one that pingora can keep. Dropping it closes the guest's end.
+    pub fn tie(self: &Arc<Self>, target: Target, guest: GuestStream) -> Tied {
+        let state = State { guest: Some((guest, self.count_open())), reader: None, writer: None, uses: 0, idle_since: None };
+        let link = Arc::new(Link { target, state: Mutex::new(state) });
+        let number = self.number(&link);
+        if self.ended.is_cancelled() {
+            link.cut();
+        }
+        Tied { link, number, links: self.clone() }
+    }
+
+    /// A number that no other stream has.
+    fn number(&self, link: &Arc<Link>) -> RawFd {
+        loop {
+            // After two thousand million streams they begin anew.
+            let number = self.next.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |next| Some(if next == RawFd::MIN { FIRST } else { next - 1 }));
+            let (Ok(number) | Err(number)) = number;
+            if let dashmap::Entry::Vacant(vacant) = self.by_number.entry(number) {
+                vacant.insert(link.clone());
+                return number;
             }
-            // By now the descriptor's number may be another connection's.
-            links.by_descriptor.remove_if(&descriptor, |_, current| Arc::ptr_eq(current, &link));
-        });
-        Ok(pingoras)
+        }
     }
 
     /// Runs something beside a connection; it ends with the gateway.
@@ -172,91 +209,144 @@ impl Links {
         })
     }
 
-    /// Ends every tied stream.
+    /// Ends idle streams from now on, until the gateway ends.
+    pub fn start_sweeping(self: &Arc<Self>) {
+        let links = Arc::downgrade(self);
+        self.watch(async move {
+            loop {
+                tokio::time::sleep(SWEEP).await;
+                let Some(links) = links.upgrade() else { return };
+                links.sweep();
+            }
+        });
+    }
+
+    fn sweep(&self) {
+        // Dropped after the look, without a lock: what pingora still holds of them ends at its next use or eviction.
+        let keepalive = self.limits.load().upstream_keepalive;
+        let spent: Vec<_> = self.by_number.iter().filter_map(|link| link.take_spent(keepalive)).collect();
+        spent.into_iter().for_each(|(mut guest, _open)| finish(&mut guest));
+    }
+
+    /// Ends every stream.
     pub async fn close(&self) {
         self.ended.cancel();
+        let all: Vec<_> = self.by_number.iter().map(|entry| entry.value().clone()).collect();
+        all.iter().for_each(|link| link.cut());
         self.tasks.close();
         self.tasks.wait().await;
     }
+}
 
-    fn pair(&self) -> io::Result<(UnixStream, UnixStream)> {
-        let listener = self.listener.lock().unwrap_or_else(PoisonError::into_inner);
-        let pingoras = StdStream::connect(&self.path)?;
-        let ours = loop {
-            let (candidate, _) = listener.accept()?;
-            // The directory is private, but a process of the same user could still get in first.
-            let peer = rustix::net::sockopt::socket_peercred(&candidate)?;
-            if peer.pid == rustix::process::getpid() {
-                break candidate;
-            }
-        };
-        drop(listener);
-        for end in [&ours, &pingoras] {
-            end.set_nonblocking(true)?;
-        }
-        Ok((UnixStream::from_std(ours)?, UnixStream::from_std(pingoras)?))
+/// Says the end in order, if that can be said at once, before a stream is dropped.
+fn finish(guest: &mut GuestStream) {
+    let _ = guest.as_mut().poll_shutdown(&mut Context::from_waker(Waker::noop()));
+}
+
+/// pingora's end of a stream.
+#[derive(Debug)]
+pub(crate) struct Tied {
+    link: Arc<Link>,
+    number: RawFd,
+    links: Arc<Links>,
+}
+
+fn cut() -> io::Error {
+    io::Error::new(io::ErrorKind::ConnectionAborted, "the gateway has cut this stream")
+}
+
+/// Keeps the waker of whoever waits, without a clone where it is the same one as before.
+fn keep(place: &mut Option<Waker>, cx: &Context<'_>) {
+    match place {
+        Some(waker) => waker.clone_from(cx.waker()),
+        None => *place = Some(cx.waker().clone()),
     }
 }
 
-impl Drop for Links {
+impl Tied {
+    fn poll_write_side<T>(&self, cx: &mut Context<'_>, poll: impl FnOnce(Pin<&mut GuestStream>, &mut Context<'_>) -> Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+        let mut state = self.link.state();
+        let Some((guest, _)) = &mut state.guest else { return Poll::Ready(Err(cut())) };
+        let written = poll(Pin::new(guest), cx);
+        if written.is_pending() {
+            keep(&mut state.writer, cx);
+        }
+        written
+    }
+}
+
+impl AsyncRead for Tied {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let mut state = self.link.state();
+        let Some((guest, _)) = &mut state.guest else { return Poll::Ready(Err(cut())) };
+        let read = guest.as_mut().poll_read(cx, buf);
+        if read.is_pending() {
+            keep(&mut state.reader, cx);
+        }
+        read
+    }
+}
+
+impl AsyncWrite for Tied {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        self.poll_write_side(cx, |guest, cx| guest.poll_write(cx, buf))
+    }
+
+    fn poll_write_vectored(self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        self.poll_write_side(cx, |guest, cx| guest.poll_write_vectored(cx, bufs))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.poll_write_side(cx, |guest, cx| guest.poll_flush(cx))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.poll_write_side(cx, |guest, cx| guest.poll_shutdown(cx))
+    }
+}
+
+impl VirtualSocket for Tied {
+    fn id(&self) -> RawFd {
+        self.number
+    }
+
+    fn set_socket_option(&self, _option: VirtualSockOpt) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Drop for Tied {
     fn drop(&mut self) {
-        self.ended.cancel();
-        // The name is of no use to anybody any more; if it stays, nothing breaks.
-        let _ = fs::remove_dir_all(&self.dir);
-    }
-}
-
-/// Carries bytes until pingora's end is closed or both directions are done.
-async fn carry(ours: UnixStream, guest: GuestStream, link: &Link) {
-    let (mut from_pingora, mut to_pingora) = ours.into_split();
-    let (mut from_guest, mut to_guest) = tokio::io::split(guest);
-    let up = async {
-        let _ = tokio::io::copy(&mut from_pingora, &mut to_guest).await;
-        // pingora never half-closes: its end of file means that nobody reads any more either.
-        let _ = to_guest.shutdown().await;
-    };
-    let down = async {
-        if let Err(error) = tokio::io::copy(&mut from_guest, &mut to_pingora).await
-            && error.kind() != io::ErrorKind::BrokenPipe
-        {
-            link.broken.store(true, Ordering::Release);
-        }
-        let _ = to_pingora.shutdown().await;
-        // The guest has said all; it may still take the rest of a request.
-        std::future::pending::<()>().await;
-    };
-    tokio::select! {
-        () = up => {}
-        () = down => {}
+        self.links.by_number.remove(&self.number);
+        self.link.cut();
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt as _;
-
-    use tokio::io::{AsyncReadExt as _, DuplexStream};
+    use config::{Config, EdgeLimits};
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
 
     use super::*;
 
-    fn links() -> (tempfile::TempDir, Arc<Links>) {
-        let dir = tempfile::tempdir().unwrap();
-        let links = Links::open(dir.path(), IntGauge::new("open", "open").unwrap()).unwrap();
-        (dir, Arc::new(links))
+    fn links(change: impl FnOnce(&mut EdgeLimits)) -> Arc<Links> {
+        let mut limits = Config::defaults().edge.limits;
+        change(&mut limits);
+        Arc::new(Links::new(Limits::new(limits), IntGauge::new("open", "open").unwrap()))
     }
 
     fn target(port: u16) -> Target {
         Target { microvm: MicrovmId::random(), port: Port::new(port).unwrap(), generation: Generation(1), speaks: Speaks::Http1, transport: Transport::Plain }
     }
 
-    fn tied(links: &Arc<Links>, target: Target) -> (UnixStream, DuplexStream) {
+    fn tied(links: &Arc<Links>, target: Target) -> (Tied, DuplexStream) {
         let (guest, app) = tokio::io::duplex(1024);
-        (links.tie(target, Box::pin(guest)).unwrap(), app)
+        (links.tie(target, Box::pin(guest)), app)
     }
 
     #[tokio::test]
     async fn bytes_and_ends_cross_both_ways() {
-        let (_dir, links) = links();
+        let links = links(|_| {});
         let (mut pingoras, mut app) = tied(&links, target(1));
         pingoras.write_all(b"ping").await.unwrap();
         let mut four = [0; 4];
@@ -273,53 +363,84 @@ mod tests {
         app.read_exact(&mut four).await.unwrap();
         assert_eq!(&four, b"late");
 
-        // pingora closes: the guest reads the end, the task is gone.
+        // pingora closes: the guest reads the end, and nothing is left of it.
         drop(pingoras);
         assert_eq!(app.read(&mut four).await.unwrap(), 0);
-        links.tasks.close();
-        links.tasks.wait().await;
-        assert!(links.by_descriptor.is_empty());
+        assert!(links.by_number.is_empty());
         assert_eq!(links.open.get(), 0);
     }
 
     #[tokio::test]
-    async fn each_end_belongs_to_its_own_pair() {
-        let (_dir, links) = links();
+    async fn each_number_leads_to_its_own_stream() {
+        let links = links(|_| {});
         let mut all: Vec<_> = (1..=50).map(|port| (port, tied(&links, target(port)))).collect();
         for (port, (pingoras, app)) in &mut all {
-            assert_eq!(links.find(pingoras.as_raw_fd()).unwrap().target.port.get(), *port);
+            assert!(pingoras.id() < -1);
+            assert_eq!(links.find(pingoras.id()).unwrap().target.port.get(), *port);
             app.write_all(&port.to_be_bytes()).await.unwrap();
             let mut read = [0; 2];
             pingoras.read_exact(&mut read).await.unwrap();
             assert_eq!(u16::from_be_bytes(read), *port);
         }
-        links.close().await;
-        assert!(links.by_descriptor.is_empty());
+        // The numbers begin anew where they end, and those in use are left out.
+        links.next.store(RawFd::MIN, Ordering::Relaxed);
+        let (last, (next, _)) = (tied(&links, target(51)), tied(&links, target(52)));
+        assert_eq!((last.0.id(), next.id()), (RawFd::MIN, FIRST - 50));
     }
 
     #[tokio::test]
-    async fn the_socket_is_private_and_goes_with_the_gateway() {
-        let (dir, links) = links();
-        let made = links.dir.clone();
-        assert_eq!(fs::metadata(&made).unwrap().permissions().mode() & 0o777, 0o700);
-        drop(links);
-        assert!(fs::symlink_metadata(&made).is_err(), "{} is still there", made.display());
-        drop(dir);
-    }
-
-    #[tokio::test]
-    async fn a_long_runtime_directory_is_refused_with_its_path() {
-        let long = PathBuf::from(format!("/tmp/{}", "x".repeat(120)));
-        let error = Links::open(&long, IntGauge::new("open", "open").unwrap()).err().expect("too long");
-        assert!(matches!(error, GatewayError::PathTooLong { .. }), "{error}");
-    }
-
-    #[tokio::test]
-    async fn a_cut_link_ends_for_both_sides() {
-        let (_dir, links) = links();
+    async fn a_cut_link_ends_for_both_sides_and_wakes_who_waits() {
+        let links = links(|_| {});
         let (mut pingoras, mut app) = tied(&links, target(1));
-        links.find(pingoras.as_raw_fd()).unwrap().cut();
-        assert_eq!(pingoras.read(&mut [0; 1]).await.unwrap(), 0);
+        let link = links.find(pingoras.id()).unwrap();
+        let waiting = tokio::spawn(async move { pingoras.read(&mut [0; 1]).await });
+        tokio::task::yield_now().await;
+        link.cut();
+        assert_eq!(waiting.await.unwrap().unwrap_err().kind(), io::ErrorKind::ConnectionAborted);
         assert_eq!(app.read(&mut [0; 1]).await.unwrap(), 0);
+        assert!(link.take_up().is_none());
+    }
+
+    #[tokio::test]
+    async fn an_idle_link_ends_when_it_is_of_no_use() {
+        let links = links(|limits| limits.upstream_keepalive = Duration::ZERO);
+        let (pingoras, mut app) = tied(&links, target(1));
+        let link = links.find(pingoras.id()).unwrap();
+        let (first, second) = (link.take_up().unwrap(), link.take_up().unwrap());
+        // The request before gives it up after the next one has it.
+        drop(first);
+        links.sweep();
+        assert_eq!(links.open.get(), 1, "it was in use");
+        drop(second);
+        links.sweep();
+        assert_eq!(links.open.get(), 0);
+        assert_eq!(app.read(&mut [0; 1]).await.unwrap(), 0);
+    }
+
+    #[tokio::test]
+    async fn an_idle_link_that_its_guest_ends_or_speaks_on_is_ended() {
+        let links = links(|_| {});
+        for spoken in [&b""[..], b"unasked"] {
+            let (pingoras, mut app) = tied(&links, target(1));
+            drop(links.find(pingoras.id()).unwrap().take_up());
+            links.sweep();
+            assert_eq!(links.open.get(), 1, "it idles for a moment only");
+            app.write_all(spoken).await.unwrap();
+            app.shutdown().await.unwrap();
+            links.sweep();
+            assert_eq!(links.open.get(), 0);
+        }
+    }
+
+    #[tokio::test]
+    async fn all_end_with_the_gateway() {
+        let links = links(|_| {});
+        let (mut before, _app) = tied(&links, target(1));
+        links.close().await;
+        let (mut after, _app) = tied(&links, target(1));
+        for end in [&mut before, &mut after] {
+            assert!(end.read(&mut [0; 1]).await.is_err());
+        }
+        assert_eq!(links.open.get(), 0);
     }
 }

@@ -1,10 +1,9 @@
 //! From a permit to a connection with the guest.
 //!
-//! pingora keeps a connection for reuse only if it is a real descriptor whose peer has the address it was asked for
-//! (pingora.md §3). A guest stream is neither, so each pooled one is tied to a socket pair of this process with a name
-//! ([`links`]). A WebSocket is never reused and sits on its guest stream directly ([`guest_socket`],
-//! [`tunnel`]). Where the app speaks TLS,
-//! both sit on the inside of it ([`transport`]).
+//! pingora as published keeps a connection for reuse only if it is a real descriptor whose peer has the address it was
+//! asked for (pingora.md §3). A guest stream is neither; ours keeps those that carry a number of ours as well
+//! (third_party/PATCHES.md, [`links`]). A WebSocket is never reused and sits on its guest stream directly
+//! ([`guest_socket`], [`tunnel`]). Where the app speaks TLS, both sit on the inside of it ([`transport`]).
 
 pub(crate) mod connector;
 pub(crate) mod frames;

@@ -103,7 +103,6 @@ impl Rig {
         let config = GatewayConfig {
             listen: "127.0.0.1:0".parse().unwrap(),
             domain_suffix: SUFFIX.to_owned(),
-            runtime_dir: dir.path().to_owned(),
             limits,
             access_log: AccessLogTarget::File(access_log.clone()),
         };
