@@ -3,12 +3,17 @@
 The tests need $DORMOUSE_BIN and the clients of requirements.txt; `make test-system` has both. `DORMOUSE_KEEP=1` keeps the
 data directory of the run for a look afterwards.
 """
+import datetime
 import os
 import shutil
 import tempfile
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from harness import clients, images
 from harness.microvm import PATIENT, Microvm
@@ -43,6 +48,21 @@ def wheels(run_dir):
     return images.grpc_wheels(run_dir)
 
 
+def self_signed():
+    """A certificate that nobody outside trusts, as an app in a guest has one: its files by name."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "inside.example")])
+    now = datetime.datetime.now(datetime.timezone.utc)
+    certificate = (
+        x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key()).serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1)).not_valid_after(now + datetime.timedelta(days=30))
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    return {"certificate.pem": certificate.public_bytes(pem), "key.pem": private}
+
+
 @pytest.fixture(scope="session")
 def hello_image(node):
     """The article's app, as the article has it."""
@@ -56,9 +76,16 @@ def kitchen_image(node):
 
 
 @pytest.fixture(scope="session")
-def grpc_image(node, wheels):
-    """apps/grpc_echo: one method of every kind."""
-    return images.build(node, "grpc-echo", images.zip_of(HERE / "apps" / "grpc_echo", wheels))
+def grpc_image(node, wheels, run_dir):
+    """apps/grpc_echo: one gRPC method of every kind, and a web app of HTTP/1.1, HTTP/2 and WebSocket; all also over TLS."""
+    web = images.wheels(run_dir / "web", "hypercorn==0.18.0")
+    return images.build(node, "grpc-echo", images.zip_of(HERE / "apps" / "grpc_echo", wheels, web, **self_signed()))
+
+
+@pytest.fixture(scope="session")
+def polyglot(node, grpc_image):
+    """A running microVM with that app, shared."""
+    return Microvm.run(node, grpc_image)
 
 
 @pytest.fixture

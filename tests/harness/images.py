@@ -29,19 +29,22 @@ def zip_of(*directories, **files):
             for path in sorted(Path(directory).rglob("*")):
                 if path.is_file() and "__pycache__" not in path.parts:
                     archive.write(path, path.relative_to(directory))
-        for name, text in files.items():
-            archive.writestr(name, text)
+        for name, data in files.items():
+            archive.writestr(name, data)
     return buffer.getvalue()
 
 
 def grpc_wheels(directory):
-    """grpcio for the guest, unpacked: the guest's Python is Debian 12's, and a build has no package registry."""
-    wanted = directory / "wheels"
-    version = metadata.version("grpcio")
+    """grpcio for the guest, of the version that the tests themselves use."""
+    return wheels(directory / "wheels", f"grpcio=={metadata.version('grpcio')}")
+
+
+def wheels(wanted, *packages):
+    """Packages for the guest, unpacked: the guest's Python is Debian 12's, and a build has no package registry."""
     subprocess.run(
         [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile", "--target", wanted / "vendor",
          "--only-binary", ":all:", "--platform", "manylinux_2_17_x86_64", "--platform", "manylinux2014_x86_64",
-         "--python-version", "3.11", f"grpcio=={version}"],
+         "--python-version", "3.11", *packages],
         check=True, stdin=subprocess.DEVNULL,
     )
     return wanted

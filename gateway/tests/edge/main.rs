@@ -5,7 +5,6 @@
 mod admission;
 mod app;
 mod connections;
-mod drain;
 mod eager;
 mod forwarding;
 mod guest_tls;

@@ -26,6 +26,8 @@ lock = threading.Lock()
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    # Those of the request's body, once it is read.
+    trailers = ()
     # A connection that its client forgot does not hold a thread for ever.
     timeout = 600
 
@@ -71,8 +73,9 @@ class Handler(BaseHTTPRequestHandler):
             while size := int(self.rfile.readline().split(b";")[0], 16):
                 yield self.rfile.read(size)
                 self.rfile.readline()
-            while self.rfile.readline().strip():
-                pass
+            self.trailers = []
+            while line := self.rfile.readline().strip():
+                self.trailers.append(line.decode("latin-1"))
         else:
             left = int(self.headers.get("Content-Length", 0))
             while left:
@@ -131,7 +134,7 @@ class Handler(BaseHTTPRequestHandler):
         for piece in self.body():
             digest.update(piece)
             size += len(piece)
-        self.answer({"sha256": digest.hexdigest(), "bytes": size})
+        self.answer({"sha256": digest.hexdigest(), "bytes": size, "expect": self.headers.get("Expect"), "trailers": self.trailers})
 
     def path_big(self):
         left = int(self.query.get("bytes", 1 << 20))
@@ -152,6 +155,12 @@ class Handler(BaseHTTPRequestHandler):
             digest.update(piece)
             self.chunk(piece)
         self.end_chunked([(b"X-Digest", digest.hexdigest().encode())])
+
+    def path_hints(self):
+        """An interim answer before the real one."""
+        self.wfile.write(b"HTTP/1.1 103 Early Hints\r\nLink: </style.css>; rel=preload\r\n\r\n")
+        self.wfile.flush()
+        self.path_count()
 
     def path_sse(self):
         """Ticks: ?count=N ends after N (default: never), ?every=S between two."""
