@@ -57,6 +57,10 @@ pub struct Edge {
     pub listen: SocketAddr,
     /// Endpoints are `<uuid>.<this>`.
     pub domain_suffix: String,
+    /// The certificate chain it shows, PEM; `None`: one of the node's own authority.
+    pub certificate: Option<PathBuf>,
+    /// The key of `certificate`, PEM.
+    pub private_key: Option<PathBuf>,
     /// What clients and guests may take. May be replaced while the node runs.
     pub limits: EdgeLimits,
 }
@@ -259,6 +263,8 @@ impl Config {
             edge: r.section("edge", |s| Edge {
                 listen: s.address("listen", local(8443), "Where clients connect (TLS, HTTP/1.1 and HTTP/2). Port 0 picks a free one."),
                 domain_suffix: s.text("domain_suffix", "microvm.localhost", "Endpoints are <uuid>.<domain_suffix>.", domain),
+                certificate: s.optional_path("certificate", "Certificate chain for *.<domain_suffix>, PEM, with private_key. Read again when it changes. Default: one of the node's own authority (ca.pem)."),
+                private_key: s.optional_path("private_key", "The key of certificate, PEM."),
                 limits: EdgeLimits {
                     max_connections: s.count("max_connections", 10_000, 1..=1_000_000, "Client connections at a time; more are told 503. At most 45 KiB of memory each while idle. Fewer if the limit of open files (RLIMIT_NOFILE, raised to its hard limit at the start) does not carry them."),
                     max_connections_per_address: s.count("max_connections_per_address", 2_500, 1..=1_000_000, "Client connections at a time from one address (one /64 of IPv6); more are told 503. A quarter of all, so that no one address can take every place."),

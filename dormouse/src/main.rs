@@ -4,9 +4,12 @@ mod admin;
 mod doctor;
 mod env;
 mod files;
+mod handover;
 mod log;
 mod node;
+mod notify;
 mod pki;
+mod reload;
 mod rotate;
 
 use std::{path::PathBuf, process::ExitCode};
@@ -35,8 +38,15 @@ struct Place {
 
 #[derive(Subcommand)]
 enum Verb {
-    /// Run a node until SIGTERM or SIGINT. Running microVMs outlive it and are adopted by the next start.
-    Serve(Place),
+    /// Run a node until SIGTERM or SIGINT. Running microVMs outlive it and are adopted by the next start. SIGHUP reads
+    /// certificate, keys and limits again; SIGUSR2 starts the binary anew with --upgrade.
+    Serve {
+        #[command(flatten)]
+        place: Place,
+        /// Follow the node that runs on the data directory: take its sockets and microVMs over, without refusing a connection.
+        #[arg(long)]
+        upgrade: bool,
+    },
     /// Print shell exports that make the aws command and every AWS SDK talk to the node: eval "$(dormouse env)".
     Env(Place),
     /// Say what this host can do, what is missing, and the command that mends it.
@@ -49,22 +59,24 @@ enum Verb {
     Config,
 }
 
+/// What a verb does with the settings and the file that they were read from.
+type Act = Box<dyn FnOnce(Config, Option<PathBuf>) -> anyhow::Result<()>>;
+
 /// EX_USAGE of sysexits.h: the configuration is wrong.
 const EXIT_CONFIG: u8 = 64;
 
 fn main() -> ExitCode {
-    let place = match Arguments::parse().command {
+    let (place, act): (_, Act) = match Arguments::parse().command {
         Verb::Config => {
             print!("{}", Config::example());
             return ExitCode::SUCCESS;
         }
-        Verb::Serve(place) => (place, node::serve as fn(Config) -> anyhow::Result<()>),
-        Verb::Env(place) => (place, node::env as fn(Config) -> anyhow::Result<()>),
-        Verb::Doctor(place) => (place, node::doctor as fn(Config) -> anyhow::Result<()>),
-        Verb::Base(place) => (place, node::base as fn(Config) -> anyhow::Result<()>),
-        Verb::RotateTokenKey(place) => (place, (|config| rotate::run(&config.node.data_dir)) as fn(Config) -> anyhow::Result<()>),
+        Verb::Serve { place, upgrade } => (place, Box::new(move |config, config_file| node::serve(node::Serve { config, config_file, upgrade }))),
+        Verb::Env(place) => (place, Box::new(|config, _| node::env(config))),
+        Verb::Doctor(place) => (place, Box::new(|config, _| node::doctor(config))),
+        Verb::Base(place) => (place, Box::new(|config, _| node::base(config))),
+        Verb::RotateTokenKey(place) => (place, Box::new(|config, _| rotate::run(&config.node.data_dir))),
     };
-    let (place, act) = place;
     let mut config = match Config::load(place.config.as_deref()) {
         Ok(config) => config,
         Err(error) => {
@@ -75,7 +87,7 @@ fn main() -> ExitCode {
     if let Some(data_dir) = place.data_dir {
         config.node.data_dir = data_dir;
     }
-    match act(config) {
+    match act(config, place.config) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("dormouse: {}", chain(error.as_ref()));

@@ -2,26 +2,28 @@
 
 use std::{
     fs::{self, File},
-    net::SocketAddr,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 use config::Config;
 use control_api::{AccessKeys, ApiConfig, Pieces};
-use gateway::{AccessLogTarget, Gateway, GatewayConfig};
+use gateway::{AccessLogTarget, Gateway, GatewayConfig, Limits, Microvms, Tls};
 use idle_controller::{Controller, ControllerConfig};
 use image_builder::{BuilderConfig, Catalog};
 use model::SystemClock;
 use token::KeyRing;
-use tokio::{net::TcpListener, signal::unix::SignalKind, task::JoinSet};
+use tokio::{
+    signal::unix::{Signal, SignalKind},
+    task::JoinSet,
+};
 use tokio_util::sync::CancellationToken;
 use vmm_runtime::{
     engine::Engine,
     guest_kit,
-    kvm::{self, HostConfig, Limits, PoolConfig},
+    kvm::{self, HostConfig, PoolConfig},
     qemu,
 };
 
@@ -30,17 +32,65 @@ use crate::{
     doctor,
     env::{self, NodeFile},
     files,
+    handover::{self, Listeners, Offer, Predecessor, Successor},
     log::Log,
-    pki,
+    notify, pki,
+    reload::{self, Reloads},
 };
 
 /// How long builds and API calls get once the edge has drained.
 const CLOSE_GRACE: Duration = Duration::from_secs(10);
 
+/// What `dormouse serve` is told.
+pub struct Serve {
+    /// The settings.
+    pub config: Config,
+    /// Where they were read; `None`: they are the defaults.
+    pub config_file: Option<PathBuf>,
+    /// Whether a running node is to be followed.
+    pub upgrade: bool,
+}
+
+/// How a node's life in this process ended.
+enum Ended {
+    /// It was told to.
+    Stopped,
+    /// A new process waits for what it held.
+    Followed(Successor),
+}
+
 /// `dormouse serve`.
-pub fn serve(config: Config) -> Result<()> {
-    let log = Log::start(&config)?;
-    runtime()?.block_on(run(config, &log))
+pub fn serve(serve: Serve) -> Result<()> {
+    let Serve { config, config_file, upgrade } = &serve;
+    let log = Log::start(config)?;
+    files::private_dir(&config.node.data_dir)?;
+    let data_dir = fs::canonicalize(&config.node.data_dir).with_context(|| format!("finding {}", config.node.data_dir.display()))?;
+    // Listen first: a taken port is the most common mistake and should be told before anything slow.
+    let (listeners, mut predecessor, mut held) = if *upgrade {
+        let (listeners, predecessor) = handover::take_over(&data_dir, config)?;
+        (listeners, Some(predecessor), None)
+    } else {
+        let held = lock(&data_dir)?;
+        (Listeners::open(config)?, None, Some(held))
+    };
+    loop {
+        let place = Place { config, config_file: config_file.as_deref(), data_dir: &data_dir, listeners: &listeners, log: &log };
+        let runtime = runtime()?;
+        let ended = runtime.block_on(run(place, predecessor.take(), &mut held));
+        // Whatever a task still held of a microVM is let go of: a new process could not reach it otherwise.
+        runtime.shutdown_timeout(CLOSE_GRACE);
+        match ended? {
+            Ended::Stopped => return Ok(()),
+            Ended::Followed(successor) => {
+                held = None;
+                if successor.release() {
+                    tracing::info!("the new process has taken over; this one ends");
+                    return Ok(());
+                }
+                tracing::error!("the new process ended before it had taken over; its own last words say why. This one starts again");
+            }
+        }
+    }
 }
 
 /// `dormouse env`.
@@ -75,34 +125,74 @@ fn runtime() -> Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting the runtime")
 }
 
-async fn run(config: Config, log: &Log) -> Result<()> {
-    files::private_dir(&config.node.data_dir)?;
-    let data_dir = fs::canonicalize(&config.node.data_dir).with_context(|| format!("finding {}", config.node.data_dir.display()))?;
-    let _lock = lock(&data_dir)?;
+/// What does not change when a node starts again in the same process.
+#[derive(Clone, Copy)]
+struct Place<'a> {
+    config: &'a Config,
+    config_file: Option<&'a Path>,
+    data_dir: &'a Path,
+    listeners: &'a Listeners,
+    log: &'a Log,
+}
 
-    // Listen first: a taken port is the most common mistake and should be told before anything slow.
-    let api_listener = listen("api.listen", config.api.listen).await?;
-    let admin_listener = listen("admin.listen", config.admin.listen).await?;
-
+async fn run(place: Place<'_>, predecessor: Option<Predecessor>, held: &mut Option<File>) -> Result<Ended> {
+    let Place { config, data_dir, listeners, .. } = place;
+    let mut signals = Signals::new()?;
     let metrics = prometheus::Registry::new();
-    log.register(&metrics)?;
+    place.log.register(&metrics)?;
     let admin = Admin::new(metrics.clone());
     let mut servers = JoinSet::new();
     let stop_admin = CancellationToken::new();
     {
-        let (router, stop) = (admin.clone().router(), stop_admin.clone());
-        servers.spawn(async move { axum::serve(admin_listener.listener, router).with_graceful_shutdown(stop.cancelled_owned()).await.context("serving the admin listener") });
+        let (router, stop, listener) = (admin.clone().router(), stop_admin.clone(), Listeners::for_tokio(&listeners.admin)?);
+        servers.spawn(async move { axum::serve(listener, router).with_graceful_shutdown(stop.cancelled_owned()).await.context("serving the admin listener") });
     }
 
     let keys = KeyRing::open_or_create(&data_dir.join("token-keys.json"))?;
-    let access_keys = AccessKeys::open_or_create(&credentials_file(&data_dir))?;
-    let tls = pki::server_config(&data_dir, &config.edge.domain_suffix)?;
-    let engine = open_engine(&config, &data_dir).await?;
+    let access_keys = AccessKeys::open_or_create(&credentials_file(data_dir))?;
+    let certificate = pki::certificate(data_dir, &config.edge)?;
+    let tls = Tls::from(certificate.load()?);
+    let engine = open_engine(config, data_dir).await?;
     let clock = Arc::new(SystemClock);
+
+    // From here on clients are accepted; their requests wait until the microVMs are there.
+    let microvms = Microvms::awaited();
+    files::private_dir(&data_dir.join("run"))?;
+    let gateway = Gateway::on(
+        Listeners::for_tokio(&listeners.edge)?,
+        GatewayConfig {
+            listen: config.edge.listen,
+            domain_suffix: config.edge.domain_suffix.clone(),
+            access_log: config.log.access.clone().map_or(AccessLogTarget::Stderr, AccessLogTarget::File),
+            limits: config.edge.limits.clone(),
+        },
+        microvms.clone(),
+        keys.clone(),
+        tls.clone(),
+        &metrics,
+    )
+    .context("opening the edge")?;
+    let (edge, limits) = (gateway.local_addr(), gateway.limits());
+    let (stop_edge, stop_api) = (CancellationToken::new(), CancellationToken::new());
+    let mut edge_task = tokio::spawn(gateway.serve(stop_edge.clone()));
+
+    let replaced = match predecessor {
+        Some(predecessor) => {
+            tracing::info!("ready to follow the running node; requests wait until it has let go of the microVMs");
+            tokio::select! {
+                replaced = predecessor.replace() => Some(replaced?),
+                () = signals.stop() => bail!("told to stop before the running node had let go; it goes on"),
+            }
+        }
+        None => None,
+    };
+    if held.is_none() {
+        *held = Some(lock_when_free(data_dir).await?);
+    }
 
     let controller = Controller::open(
         ControllerConfig {
-            dir: data_dir.clone(),
+            dir: data_dir.to_owned(),
             max_concurrent_starts: config.lifecycle.max_concurrent_starts,
             max_waiting_per_microvm: config.lifecycle.max_waiting_per_microvm,
             keep_terminated: config.lifecycle.keep_terminated,
@@ -125,25 +215,9 @@ async fn run(config: Config, log: &Log) -> Result<()> {
     )
     .await?;
 
-    let gateway = Gateway::bind(
-        GatewayConfig {
-            listen: config.edge.listen,
-            domain_suffix: config.edge.domain_suffix.clone(),
-            access_log: config.log.access.clone().map_or(AccessLogTarget::Stderr, AccessLogTarget::File),
-            limits: config.edge.limits.clone(),
-        },
-        controller.clone(),
-        keys.clone(),
-        tls,
-        &metrics,
-    )
-    .await
-    .with_context(|| format!("edge.listen: opening {}", config.edge.listen))?;
-    let edge = gateway.local_addr();
-
     let api = control_api::router(
         ApiConfig {
-            dir: data_dir.clone(),
+            dir: data_dir.to_owned(),
             s3_dir: data_dir.join("s3"),
             region: config.node.region.clone(),
             account: config.node.account.clone(),
@@ -160,38 +234,65 @@ async fn run(config: Config, log: &Log) -> Result<()> {
         &metrics,
     )?;
 
-    let (stop_edge, stop_api) = (CancellationToken::new(), CancellationToken::new());
-    let mut edge_task = tokio::spawn(gateway.serve(stop_edge.clone()));
+    let mut reloads = reloads(place, &metrics, certificate, tls, &keys, &access_keys, limits)?;
+    let offer = Offer::open(data_dir)?;
+    microvms.arrive(controller.clone());
+    let (api_address, admin_address) = (listeners.api.local_addr()?, listeners.admin.local_addr()?);
     {
-        let stop = stop_api.clone();
-        servers.spawn(async move { control_api::serve(api_listener.listener, api, stop, CLOSE_GRACE).await.context("serving the API listener") });
+        let (stop, listener) = (stop_api.clone(), Listeners::for_tokio(&listeners.api)?);
+        servers.spawn(async move { control_api::serve(listener, api, stop, CLOSE_GRACE).await.context("serving the API listener") });
     }
 
     NodeFile {
         pid: std::process::id(),
         edge: edge.to_string(),
-        api: api_listener.address.to_string(),
-        admin: admin_listener.address.to_string(),
+        api: api_address.to_string(),
+        admin: admin_address.to_string(),
         region: config.node.region.clone(),
         domain_suffix: config.edge.domain_suffix.clone(),
         ca: data_dir.join("ca.pem").to_string_lossy().into_owned(),
     }
-    .write(&data_dir)?;
+    .write(data_dir)?;
     admin.set_ready(Readiness::Ready);
-    tracing::info!(edge = %edge, api = %api_listener.address, admin = %admin_listener.address, data = %data_dir.display(), engine = engine.name(), "dormouse serves; eval \"$(dormouse env --data-dir {})\" points the aws command at it", data_dir.display());
+    tracing::info!(edge = %edge, api = %api_address, admin = %admin_address, data = %data_dir.display(), engine = engine.name(), "dormouse serves; eval \"$(dormouse env --data-dir {})\" points the aws command at it", data_dir.display());
 
-    let failed = tokio::select! {
-        () = stop_signal(&keys, &access_keys) => None,
-        // A server that ends by itself is a fault: the node goes down in order and says so.
-        ended = servers.join_next() => Some(match ended {
-            Some(Ok(Err(error))) => error,
-            other => anyhow::anyhow!("a listener ended by itself: {other:?}"),
-        }),
-        ended = &mut edge_task => Some(anyhow::anyhow!("the edge ended by itself: {ended:?}")),
+    if let Some(replaced) = replaced {
+        // Much may have changed while the other process drained, and it was that one which noticed.
+        reloads.all("this process took over");
+        replaced.adopted().await;
+    }
+    notify::ready();
+
+    let mut poll = tokio::time::interval(reload::POLL);
+    poll.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let ended = {
+        let mut successor = std::pin::pin!(offer.successor(listeners));
+        loop {
+            // No arm loses anything when another one wins.
+            tokio::select! {
+                _ = signals.term.recv() => break Ok(Ended::Stopped),
+                _ = signals.int.recv() => break Ok(Ended::Stopped),
+                _ = signals.hup.recv() => reloads.all("SIGHUP"),
+                _ = signals.usr2.recv() => start_successor(),
+                _ = poll.tick() => reloads.changed(),
+                successor = &mut successor => break Ok(Ended::Followed(successor)),
+                // A server that ends by itself is a fault: the node goes down in order and says so.
+                server = servers.join_next() => break Err(match server {
+                    Some(Ok(Err(error))) => error,
+                    other => anyhow!("a listener ended by itself: {other:?}"),
+                }),
+                edge = &mut edge_task => break Err(anyhow!("the edge ended by itself: {edge:?}")),
+            }
+        }
     };
 
     tracing::info!("stopping: nothing new is taken, what runs may finish");
     admin.set_ready(Readiness::NotReady);
+    drop(offer);
+    if matches!(ended, Ok(Ended::Followed(_))) {
+        // The new process says what there is to say; both would answer, by turns.
+        stop_admin.cancel();
+    }
     stop_edge.cancel();
     if !edge_task.is_finished() {
         // The edge keeps its own grace period; it returns as soon as nothing is left.
@@ -218,37 +319,80 @@ async fn run(config: Config, log: &Log) -> Result<()> {
     } else {
         tracing::info!(running = left.len(), "stopped; running microVMs go on and are adopted by the next start with this data directory");
     }
-    failed.map_or(Ok(()), Err)
+    ended
 }
 
-/// Ends at SIGTERM or SIGINT; SIGHUP reads keys again.
-async fn stop_signal(keys: &KeyRing, access_keys: &AccessKeys) {
-    let signal = |kind| tokio::signal::unix::signal(kind).expect("a signal handler can be installed: the runtime has its signal driver");
-    let (mut term, mut int, mut hup) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()), signal(SignalKind::hangup()));
-    loop {
+/// What an operator says to a running node.
+struct Signals {
+    term: Signal,
+    int: Signal,
+    hup: Signal,
+    usr2: Signal,
+}
+
+impl Signals {
+    fn new() -> Result<Self> {
+        let signal = |kind| tokio::signal::unix::signal(kind).context("installing a signal handler");
+        Ok(Self {
+            term: signal(SignalKind::terminate())?,
+            int: signal(SignalKind::interrupt())?,
+            hup: signal(SignalKind::hangup())?,
+            usr2: signal(SignalKind::user_defined2())?,
+        })
+    }
+
+    /// Waits until the process is told to stop.
+    async fn stop(&mut self) {
         tokio::select! {
-            _ = term.recv() => return,
-            _ = int.recv() => return,
-            _ = hup.recv() => {
-                let outcome = keys.reload().map_err(anyhow::Error::from).and_then(|()| Ok(access_keys.reload()?));
-                match outcome {
-                    Ok(()) => tracing::info!("SIGHUP: token keys and access keys read again"),
-                    Err(error) => tracing::error!(error = %error, "SIGHUP: the keys could not be read again; the old ones stay in force"),
-                }
-            }
+            _ = self.term.recv() => {}
+            _ = self.int.recv() => {}
         }
     }
 }
 
-struct Listening {
-    listener: TcpListener,
-    address: SocketAddr,
+/// Runs the binary that lies where this one was started from, with the same arguments, to follow this process.
+fn start_successor() {
+    let mut arguments = std::env::args_os();
+    let program = arguments.next().unwrap_or_default();
+    let mut command = tokio::process::Command::new(&program);
+    command.args(arguments.filter(|argument| argument != "--upgrade")).arg("--upgrade").stdin(std::process::Stdio::null());
+    match command.spawn() {
+        Ok(mut child) => {
+            tracing::info!(pid = child.id(), program = %program.display(), "SIGUSR2: started a new process to follow this one");
+            tokio::spawn(async move {
+                if let Ok(status) = child.wait().await {
+                    tracing::error!(%status, "the new process ended; its own last words say why");
+                }
+            });
+        }
+        Err(error) => tracing::error!(%error, program = %program.display(), "SIGUSR2: no new process could be started; this one goes on"),
+    }
 }
 
-async fn listen(key: &str, address: SocketAddr) -> Result<Listening> {
-    let listener = TcpListener::bind(address).await.with_context(|| format!("{key}: opening {address} (is another node or program using it?)"))?;
-    let address = listener.local_addr()?;
-    Ok(Listening { listener, address })
+/// Everything that is read again.
+fn reloads(place: Place<'_>, metrics: &prometheus::Registry, certificate: pki::Certificate, tls: Tls, keys: &KeyRing, access_keys: &AccessKeys, limits: Limits) -> Result<Reloads> {
+    let mut reloads = Reloads::new(metrics)?;
+    let (keys, access_keys) = (keys.clone(), access_keys.clone());
+    reloads.add("certificate", vec![certificate.chain.clone(), certificate.key.clone()], move || {
+        tls.replace(&*certificate.load()?);
+        Ok(())
+    });
+    reloads.add("token-keys", vec![place.data_dir.join("token-keys.json")], move || Ok(keys.reload()?));
+    reloads.add("access-keys", vec![credentials_file(place.data_dir)], move || Ok(access_keys.reload()?));
+    if let Some(file) = place.config_file {
+        let (mut running, file) = (place.config.clone(), file.to_owned());
+        reloads.add("limits", vec![file.clone()], move || {
+            let fresh = Config::load(Some(&file))?;
+            limits.replace(fresh.edge.limits.clone());
+            running.edge.limits.clone_from(&fresh.edge.limits);
+            running.node.data_dir.clone_from(&fresh.node.data_dir);
+            if running != fresh {
+                tracing::warn!(file = %file.display(), "other settings than the limits of [edge] have changed too; they take effect at the next start or upgrade");
+            }
+            Ok(())
+        });
+    }
+    Ok(reloads)
 }
 
 /// One process per data directory.
@@ -259,6 +403,17 @@ fn lock(data_dir: &Path) -> Result<File> {
         Ok(()) => Ok(file),
         Err(rustix::io::Errno::WOULDBLOCK) => bail!("another dormouse serve uses the data directory {}", data_dir.display()),
         Err(error) => Err(error).with_context(|| format!("locking {}", path.display())),
+    }
+}
+
+/// The same after another process, whose end is seen a little before the kernel has given its lock back.
+async fn lock_when_free(data_dir: &Path) -> Result<File> {
+    let deadline = tokio::time::Instant::now() + CLOSE_GRACE;
+    loop {
+        match lock(data_dir) {
+            Err(_) if tokio::time::Instant::now() < deadline => tokio::time::sleep(Duration::from_millis(10)).await,
+            outcome => return outcome,
+        }
     }
 }
 
@@ -274,7 +429,7 @@ async fn open_engine(config: &Config, data_dir: &Path) -> Result<Arc<dyn Engine>
         guest_fingerprint: kit.fingerprint,
         run_dir: data_dir.join("run/vmm"),
         pool: PoolConfig { per_image: ready.min(1), total: ready },
-        limits: Limits::default(),
+        limits: kvm::Limits::default(),
     };
     match choice.engine {
         doctor::Engine::Kvm => {

@@ -1,9 +1,13 @@
 //! The node's own certificate authority and the certificate of its endpoints.
 //!
 //! Owns: `<data>/ca.pem` (what clients trust), `<data>/tls/` (keys, mode 0600). Never replaces a CA that is there: its
-//! clients trust it.
+//! clients trust it. Never writes a certificate that the configuration names.
 
-use std::{fs, path::Path, sync::Arc};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use anyhow::{Context as _, Result, bail};
 use rcgen::{
@@ -20,19 +24,44 @@ const RENEW_BEFORE: Duration = Duration::days(60);
 const LEAF_LIFE: Duration = Duration::days(820);
 const CA_LIFE: Duration = Duration::days(3_650);
 
-/// Makes whatever is missing and returns what the edge serves: a wildcard for the endpoints, with h2 before http/1.1.
-pub fn server_config(data_dir: &Path, domain_suffix: &str) -> Result<Arc<rustls::ServerConfig>> {
+/// Where the certificate that the edge shows is.
+pub struct Certificate {
+    /// The chain, PEM.
+    pub chain: PathBuf,
+    /// Its key, PEM.
+    pub key: PathBuf,
+}
+
+/// The operator's certificate or, if there is none, a wildcard of our own for the endpoints, of which whatever is missing is
+/// made.
+pub fn certificate(data_dir: &Path, edge: &config::Edge) -> Result<Certificate> {
     let tls = data_dir.join("tls");
     files::private_dir(&tls)?;
     let (ca_pem, ca_key) = authority(data_dir, &tls)?;
-    let (chain, key) = leaf(&tls, domain_suffix, &ca_pem, ca_key)?;
-    let mut config = rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
-        .with_safe_default_protocol_versions()?
-        .with_no_client_auth()
-        .with_single_cert(chain, key)
-        .context("the edge certificate does not fit its key; remove the directory tls/ of the data directory to have both made anew")?;
-    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-    Ok(Arc::new(config))
+    match (&edge.certificate, &edge.private_key) {
+        (Some(chain), Some(key)) => Ok(Certificate { chain: chain.clone(), key: key.clone() }),
+        (None, None) => leaf(&tls, &edge.domain_suffix, &ca_pem, ca_key),
+        _ => bail!("edge.certificate and edge.private_key belong together, and only one of them is set"),
+    }
+}
+
+impl Certificate {
+    /// Reads both files.
+    pub fn load(&self) -> Result<Arc<rustls::ServerConfig>> {
+        let chain = CertificateDer::pem_file_iter(&self.chain)
+            .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+            .with_context(|| format!("reading the certificates in {}", self.chain.display()))?;
+        if chain.is_empty() {
+            bail!("{} holds no certificate", self.chain.display());
+        }
+        let key = PrivateKeyDer::from_pem_file(&self.key).with_context(|| format!("reading the private key in {}", self.key.display()))?;
+        let config = rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+            .with_safe_default_protocol_versions()?
+            .with_no_client_auth()
+            .with_single_cert(chain, key)
+            .with_context(|| format!("the certificate in {} cannot be used with the key in {}; replace both by a pair", self.chain.display(), self.key.display()))?;
+        Ok(Arc::new(config))
+    }
 }
 
 fn authority(data_dir: &Path, tls: &Path) -> Result<(String, KeyPair)> {
@@ -66,7 +95,7 @@ fn authority(data_dir: &Path, tls: &Path) -> Result<(String, KeyPair)> {
     }
 }
 
-fn leaf(tls: &Path, domain_suffix: &str, ca_pem: &str, ca_key: KeyPair) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>)> {
+fn leaf(tls: &Path, domain_suffix: &str, ca_pem: &str, ca_key: KeyPair) -> Result<Certificate> {
     let (pem_path, key_path, about_path) = (tls.join("edge.pem"), tls.join("edge.key"), tls.join("edge.json"));
     let now = OffsetDateTime::now_utc();
     let fresh = fs::read(&about_path).ok().and_then(|text| serde_json::from_slice::<serde_json::Value>(&text).ok()).is_some_and(|about| {
@@ -88,16 +117,37 @@ fn leaf(tls: &Path, domain_suffix: &str, ca_pem: &str, ca_key: KeyPair) -> Resul
         files::write_public(&pem_path, certificate.pem().as_bytes())?;
         files::write_public(&about_path, serde_json::json!({ "domain_suffix": domain_suffix, "not_after": not_after }).to_string().as_bytes())?;
     }
-    let chain = CertificateDer::pem_file_iter(&pem_path)
-        .and_then(Iterator::collect)
-        .with_context(|| format!("{} is not a certificate", pem_path.display()))?;
-    let key = PrivateKeyDer::from_pem_file(&key_path).with_context(|| format!("{} is not a private key", key_path.display()))?;
-    Ok((chain, key))
+    Ok(Certificate { chain: pem_path, key: key_path })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn server_config(data_dir: &Path, domain_suffix: &str) -> Result<Arc<rustls::ServerConfig>> {
+        let edge = config::Edge { domain_suffix: domain_suffix.to_owned(), ..config::Config::defaults().edge };
+        certificate(data_dir, &edge)?.load()
+    }
+
+    #[test]
+    fn the_operators_certificate_is_shown_and_a_half_of_one_is_refused() {
+        let (ours, theirs) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        server_config(theirs.path(), "a.localhost").unwrap();
+        let (chain, key) = (theirs.path().join("tls/edge.pem"), theirs.path().join("tls/edge.key"));
+        let mut edge = config::Config::defaults().edge;
+        edge.certificate = Some(chain.clone());
+        assert!(certificate(ours.path(), &edge).err().unwrap().to_string().contains("belong together"));
+        edge.private_key = Some(key.clone());
+        let certificate = certificate(ours.path(), &edge).unwrap();
+        certificate.load().unwrap();
+        // Somebody else's key, then no certificate at all.
+        fs::write(&key, KeyPair::generate().unwrap().serialize_pem()).unwrap();
+        let error = certificate.load().unwrap_err();
+        assert!(error.to_string().contains("edge.key") && error.to_string().contains("edge.pem"), "{error}");
+        fs::write(&chain, "").unwrap();
+        assert!(certificate.load().unwrap_err().to_string().contains("holds no certificate"));
+        assert!(!ours.path().join("tls/edge.pem").exists());
+    }
 
     #[test]
     fn the_ca_stays_and_the_leaf_follows_the_domain() {

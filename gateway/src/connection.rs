@@ -32,7 +32,7 @@ use tokio::{
     time::{Instant, Sleep},
 };
 
-use crate::{Limits, access_log::{AccessLog, Entry}, framing::HeaderLimits, meter::HeaderMeter, metrics::{Metrics, Protocol}, reply::Reason};
+use crate::{Limits, access_log::{AccessLog, Entry}, drain::Traffic, framing::HeaderLimits, meter::HeaderMeter, metrics::{Metrics, Protocol}, reply::Reason};
 
 /// After the last answer on a connection that is closed with input unread: this much is read and thrown away, so that
 /// the close does not reach the client as a reset that overtakes the answer.
@@ -255,6 +255,9 @@ pub(crate) struct Guarded {
     ssl: Option<Arc<SslDigest>>,
     socket: Socket,
     settings: GuardSettings,
+    traffic: Arc<Traffic>,
+    // The client has not yet taken what it was sent.
+    write_waits: bool,
     // Even: a header is awaited. Odd: a request is under way. The service counts it up, through a shared reference.
     turn: AtomicU32,
     // The turn that `meter` and `deadline` belong to.
@@ -268,7 +271,7 @@ pub(crate) struct Guarded {
 
 impl Guarded {
     /// Guards a connection. HTTP/2 brings its own limits and is only passed through.
-    pub fn new(tls: TlsStream<Socket>, socket: Socket, settings: GuardSettings) -> Self {
+    pub fn new(tls: TlsStream<Socket>, socket: Socket, settings: GuardSettings, traffic: Arc<Traffic>) -> Self {
         let multiplexed = matches!(tls.selected_alpn_proto(), Some(ALPN::H2));
         let turn = u32::from(multiplexed);
         let limits = settings.limits.load();
@@ -276,7 +279,7 @@ impl Guarded {
         let deadline = (!multiplexed).then(|| Box::pin(tokio::time::sleep(limits.header_deadline)));
         drop(limits);
         let (alpn, ssl) = (tls.selected_alpn_proto(), tls.get_ssl_digest());
-        Self { tls: Shared(Mutex::new(tls)), alpn, ssl, socket, settings, turn: AtomicU32::new(turn), metered_turn: turn, meter, deadline, refused: None, closing: None }
+        Self { tls: Shared(Mutex::new(tls)), alpn, ssl, socket, settings, traffic, write_waits: false, turn: AtomicU32::new(turn), metered_turn: turn, meter, deadline, refused: None, closing: None }
     }
 
     /// The connection under a pingora session, if it is HTTP/1.1.
@@ -323,6 +326,11 @@ impl Guarded {
         Some(self.turn.load(Ordering::Relaxed)).filter(|turn| turn.is_multiple_of(2))
     }
 
+    /// Whether some of a header has come, and not all of it.
+    fn header_has_begun(&self) -> bool {
+        self.header_turn() == Some(self.metered_turn) && self.meter.has_begun()
+    }
+
     fn refused_in(&self, turn: u32) -> Option<Reason> {
         self.refused.filter(|(refused_turn, _)| *refused_turn == turn).map(|(_, reason)| reason)
     }
@@ -337,6 +345,12 @@ impl fmt::Debug for Guarded {
 impl AsyncRead for Guarded {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = &mut *self;
+        if this.traffic.may_end() && !this.write_waits && !this.header_has_begun() {
+            // The client reads the end of TLS and of the stream, and pingora that the client is gone. If the client does
+            // not take even this much, it does without.
+            let _ = Pin::new(&mut this.tls).poll_shutdown(cx)?;
+            return Poll::Ready(Ok(()));
+        }
         let Some(turn) = this.header_turn() else {
             return Pin::new(&mut this.tls).poll_read(cx, buf);
         };
@@ -380,11 +394,15 @@ impl AsyncWrite for Guarded {
             }
             return Poll::Ready(Ok(buf.len()));
         }
-        Pin::new(&mut self.tls).poll_write(cx, buf)
+        let written = Pin::new(&mut self.tls).poll_write(cx, buf);
+        self.write_waits = written.is_pending();
+        written
     }
 
     fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.tls).poll_write_vectored(cx, bufs)
+        let written = Pin::new(&mut self.tls).poll_write_vectored(cx, bufs);
+        self.write_waits = written.is_pending();
+        written
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -392,7 +410,9 @@ impl AsyncWrite for Guarded {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.tls).poll_flush(cx)
+        let flushed = Pin::new(&mut self.tls).poll_flush(cx);
+        self.write_waits = flushed.is_pending();
+        flushed
     }
 
     /// Sends what is still to be said, then the end of TLS and of the stream, then waits for the client to have taken it.
@@ -465,7 +485,7 @@ impl GetTimingDigest for Guarded {
 
 impl GetProxyDigest for Guarded {
     fn get_proxy_digest(&self) -> Option<Arc<ProxyDigest>> {
-        None
+        self.traffic.digest()
     }
 }
 

@@ -10,6 +10,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use crate::{
     auth::permit::Permit,
+    drain::InFlight,
     metrics::{Open, Protocol, StreamKind},
     reply::{Asker, Reason},
     upstream::{
@@ -31,6 +32,8 @@ pub(crate) struct Context {
     pub open: Option<Open>,
     /// Why it is refused for what its header looked like on the wire.
     pub malformed: Option<Reason>,
+    /// Counts it on its connection.
+    pub in_flight: Option<InFlight>,
     /// Whose form an answer of ours takes.
     pub asker: Asker,
     /// The WebSocket handshake, if the request is one.
@@ -97,6 +100,7 @@ impl Context {
             protocol: Protocol::Http1,
             open: None,
             malformed: None,
+            in_flight: None,
             asker: Asker::Plain,
             handshake: None,
             permit: None,

@@ -21,12 +21,14 @@ mod auth;
 mod config;
 mod connection;
 mod context;
+mod drain;
 mod error;
 mod framing;
 mod headers;
 mod listener;
 mod meter;
 mod metrics;
+mod microvms;
 mod ports;
 mod reply;
 mod route;
@@ -39,7 +41,6 @@ mod websocket;
 use std::{net::SocketAddr, sync::Arc};
 
 use ::config::EdgeLimits;
-use idle_controller::Controller;
 use pingora_core::{
     apps::HttpServerOptions,
     protocols::http::v2::server::H2Options,
@@ -53,6 +54,7 @@ use tokio_util::sync::CancellationToken;
 pub use access_log::AccessLogTarget;
 pub use config::{GatewayConfig, Limits};
 pub use error::GatewayError;
+pub use microvms::Microvms;
 pub use tls::Tls;
 
 use crate::{
@@ -85,13 +87,25 @@ impl Gateway {
     /// Binds the listener and registers the metrics. Connections are answered from [`Gateway::serve`] on.
     pub async fn bind(
         config: GatewayConfig,
-        controller: Controller,
+        microvms: impl Into<Microvms>,
+        keys: KeyRing,
+        tls: impl Into<Tls>,
+        metrics: &prometheus::Registry,
+    ) -> Result<Self, GatewayError> {
+        let listener = TcpListener::bind(config.listen).await.map_err(|source| GatewayError::Listen { address: config.listen, source })?;
+        Self::on(listener, config, microvms, keys, tls, metrics)
+    }
+
+    /// The same on a listener that is open already, perhaps taken over from another process.
+    pub fn on(
+        listener: TcpListener,
+        config: GatewayConfig,
+        microvms: impl Into<Microvms>,
         keys: KeyRing,
         tls: impl Into<Tls>,
         metrics: &prometheus::Registry,
     ) -> Result<Self, GatewayError> {
         let listen = |source| GatewayError::Listen { address: config.listen, source };
-        let listener = TcpListener::bind(config.listen).await.map_err(listen)?;
         let local_addr = listener.local_addr().map_err(listen)?;
         let metrics = Arc::new(Metrics::register(metrics).map_err(GatewayError::Metrics)?);
         let limits = Limits::new(config.limits);
@@ -103,7 +117,7 @@ impl Gateway {
             peers: Peers::new(links.clone(), limits.clone()),
             domain_suffix: config.domain_suffix,
             limits: limits.clone(),
-            controller,
+            microvms: microvms.into(),
             keys,
             metrics,
             log: log.clone(),
@@ -125,7 +139,7 @@ impl Gateway {
     /// lets what runs finish for at most [`EdgeLimits::grace`], and returns as soon as nothing is left.
     pub async fn serve(self, shutdown: CancellationToken) {
         self.links.start_sweeping();
-        listener::serve(self.listener, self.proxy, self.tls, self.guard, shutdown).await;
+        listener::serve(self.listener, self.proxy, self.tls, self.guard, self.links.drain().clone(), shutdown).await;
         self.links.close().await;
         self.log.flush().await;
     }
@@ -143,7 +157,6 @@ fn proxy(service: Service) -> HttpProxy<Service> {
     let limits = EdgeLimits::clone(&service.limits.load());
     let mut proxy = pingora_proxy::http_proxy(&Arc::new(conf), service);
     let mut options = HttpServerOptions::default();
-    options.h2_idle_timeout = Some(limits.keepalive);
     // pingora would refuse CONNECT by itself and without a reason. It is refused in `framing`, as any tunnel.
     options.allow_connect_method_proxying = true;
     proxy.server_options = Some(options);

@@ -7,11 +7,15 @@ use std::{
     io,
     net::{IpAddr, Ipv6Addr, SocketAddr},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use dashmap::DashMap;
-use pingora_core::{apps::{HttpServerApp as _, ServerApp as _}, listeners::tls::Acceptor, server::ShutdownWatch};
+use pingora_core::{
+    apps::ServerApp as _,
+    listeners::tls::Acceptor,
+    protocols::{ALPN, Ssl as _, tls::TlsStream},
+};
 use pingora_proxy::HttpProxy;
 use rustix::io::Errno;
 use tokio::{
@@ -23,6 +27,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     connection::{GuardSettings, Guarded, Socket},
+    drain::{Drain, MOMENT, Traffic},
     metrics::{Metrics, Open},
     service::Service,
     tls::Tls,
@@ -38,11 +43,17 @@ pub(crate) async fn serve(
     proxy: Arc<HttpProxy<Service>>,
     tls: Tls,
     guard: GuardSettings,
+    drain: Drain,
     stop: CancellationToken,
 ) {
     let crowd = Arc::new(Crowd::default());
     let metrics = guard.metrics.clone();
-    let (announce, watch) = watch::channel(false);
+    let connection = |member| Connection {
+        _member: member,
+        _open: Open::new(&metrics.connections),
+        guard: guard.clone(),
+        drain: drain.clone(),
+    };
     let mut changed = guard.limits.watch();
     let mut connections = JoinSet::new();
     let mut pause = FIRST_PAUSE;
@@ -64,13 +75,7 @@ pub(crate) async fn serve(
                     metrics.connections_refused.inc();
                     continue;
                 };
-                let task = Connection {
-                    _member: member,
-                    _open: Open::new(&metrics.connections),
-                    deadline: limits.handshake_deadline,
-                    guard: guard.clone(),
-                };
-                connections.spawn(task.run(tcp, peer, tls.acceptor(), proxy.clone(), watch.clone()));
+                connections.spawn(connection(member).run(tcp, peer, tls.acceptor(), proxy.clone()));
             }
             Err(error) if is_shortage(&error) => {
                 metrics.accept_failures.inc();
@@ -85,19 +90,31 @@ pub(crate) async fn serve(
             Err(error) => tracing::debug!(error = %error, "a connection was gone before it was accepted"),
         }
     }
-    drop(listener);
+    // What the kernel has taken from clients on our behalf is ours: closing the listener would reset it. Two listeners of
+    // one socket (this process's and its successor's) may both do this; each connection comes out of one of them.
+    drain.begin();
+    if let Ok(listener) = listener.into_std() {
+        let end = Instant::now() + MOMENT;
+        while Instant::now() < end
+            && connections.len() < guard.limits.load().max_connections
+            && let Ok((tcp, peer)) = listener.accept()
+        {
+            let Some(member) = crowd.admit(peer.ip(), guard.limits.load().max_connections_per_address) else { continue };
+            if let Ok(tcp) = tcp.set_nonblocking(true).and_then(|()| TcpStream::from_std(tcp)) {
+                connections.spawn(connection(member).run(tcp, peer, tls.acceptor(), proxy.clone()));
+            }
+        }
+    }
     let grace = guard.limits.load().grace;
-    drain(connections, &proxy, &announce, grace).await;
+    finish(connections, grace).await;
 }
 
-/// Says GOAWAY, closes what idles, and waits for the rest: at most `grace`, and no longer than needed.
-async fn drain(mut connections: JoinSet<()>, proxy: &HttpProxy<Service>, announce: &watch::Sender<bool>, grace: Duration) {
-    let _ = announce.send(true);
-    proxy.http_cleanup().await;
-    let open = connections.len();
+/// Waits for what runs: at most `grace`, and no longer than needed.
+async fn finish(mut connections: JoinSet<()>, grace: Duration) {
+    let (open, begun) = (connections.len(), Instant::now());
     let all = async { while connections.join_next().await.is_some() {} };
     if tokio::time::timeout(grace, all).await.is_ok() {
-        tracing::info!(connections = open, "the edge is drained");
+        tracing::info!(connections = open, took_ms = begun.elapsed().as_millis() as u64, "the edge is drained");
     } else {
         tracing::warn!(connections = connections.len(), grace_secs = grace.as_secs(), "the edge cuts connections that outlived the grace period");
         connections.shutdown().await;
@@ -113,21 +130,66 @@ fn is_shortage(error: &io::Error) -> bool {
 struct Connection {
     _member: Member,
     _open: Open,
-    deadline: Duration,
     guard: GuardSettings,
+    drain: Drain,
 }
 
 impl Connection {
-    async fn run(self, tcp: TcpStream, peer: SocketAddr, acceptor: Arc<Acceptor>, proxy: Arc<HttpProxy<Service>>, stop: ShutdownWatch) {
+    async fn run(self, tcp: TcpStream, peer: SocketAddr, acceptor: Arc<Acceptor>, proxy: Arc<HttpProxy<Service>>) {
         let _ = tcp.set_nodelay(true);
         let socket = Socket::new(tcp, peer);
-        match tokio::time::timeout(self.deadline, acceptor.tls_handshake(socket.clone())).await {
-            Ok(Ok(tls)) => {
-                let guarded = Guarded::new(tls, socket, self.guard.clone());
-                proxy.process_new(Box::new(guarded), &stop).await;
+        let deadline = self.guard.limits.load().handshake_deadline;
+        let left_behind = async {
+            self.drain.begins().await;
+            tokio::time::sleep(MOMENT).await;
+        };
+        let shaken = tokio::select! {
+            biased;
+            shaken = acceptor.tls_handshake(socket.clone()) => shaken,
+            () = tokio::time::sleep(deadline) => return self.failed(peer, "took too long"),
+            () = left_behind => return self.failed(peer, "was not done when the gateway drained"),
+        };
+        match shaken {
+            Ok(tls) => self.serve(tls, socket, proxy).await,
+            Err(error) => self.failed(peer, &error.to_string()),
+        }
+    }
+
+    /// Serves it until its end, which comes from here if the gateway drains or if HTTP/2 idles (pingora would drop that
+    /// without GOAWAY): first it is told, and after a moment it ends as soon as it carries nothing.
+    async fn serve(&self, tls: TlsStream<Socket>, socket: Socket, proxy: Arc<HttpProxy<Service>>) {
+        let traffic = Traffic::new();
+        let multiplexed = matches!(tls.selected_alpn_proto(), Some(ALPN::H2));
+        let guarded = Guarded::new(tls, socket, self.guard.clone(), traffic.clone());
+        let (announce, stop) = watch::channel(false);
+        let mut served = proxy.process_new(Box::new(guarded), &stop);
+        tokio::select! {
+            biased;
+            _ = &mut served => return,
+            () = self.drain.begins() => {}
+            () = self.idles(&traffic), if multiplexed => {}
+        }
+        // GOAWAY; on HTTP/1.1 the next answer says `Connection: close`.
+        let _ = announce.send(true);
+        loop {
+            tokio::select! {
+                biased;
+                _ = &mut served => return,
+                // Whether it may end is looked up when `served` is polled, which is next.
+                () = tokio::time::sleep(MOMENT) => traffic.leave(),
             }
-            Ok(Err(error)) => self.failed(peer, &error.to_string()),
-            Err(_) => self.failed(peer, "took too long"),
+        }
+    }
+
+    /// Ends when the connection has carried nothing for as long as it may.
+    async fn idles(&self, traffic: &Traffic) {
+        loop {
+            let idle = traffic.idle_since().map_or(Duration::ZERO, |since| since.elapsed());
+            let keepalive = self.guard.limits.load().keepalive;
+            if idle >= keepalive {
+                return;
+            }
+            tokio::time::sleep(keepalive - idle).await;
         }
     }
 

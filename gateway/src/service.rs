@@ -18,7 +18,7 @@ use std::{
 use async_trait::async_trait;
 use bytes::Bytes;
 use http::{HeaderMap, Method, StatusCode, Version, header};
-use idle_controller::{Awake, Controller};
+use idle_controller::Awake;
 use model::{Clock as _, SystemClock};
 use pingora_core::{
     Error, ErrorSource, ErrorType, Result, RetryType,
@@ -34,11 +34,12 @@ use token::KeyRing;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::{
-    Limits,
+    Limits, Microvms,
     access_log::{AccessLog, Entry},
     auth::permit::Permit,
     connection::Guarded,
     context::{Context, Watch},
+    drain::{STREAM_SILENCE, Traffic},
     framing,
     headers::{self, AnswerKind},
     metrics::{HoldEnd, Metrics, Protocol, RetryCause, StreamKind},
@@ -58,9 +59,6 @@ use crate::{
 const MAX_FOUND_ASLEEP: u8 = 3;
 /// Interim answers (1xx) passed on per request; a guest that sends more is broken.
 const MAX_INTERIM: u8 = 16;
-/// An answer of unknown length is being computed as long as more of it comes; after this long without a byte it is a
-/// stream that is held open, which is no activity (design §3).
-const STREAM_SILENCE: Duration = Duration::from_secs(10);
 /// Fields of a guest's answer. An app sets a few dozen; pingora's own limit for HTTP/1.1 is 256, and for HTTP/2 there is none.
 const MAX_ANSWER_FIELDS: usize = 200;
 /// The body of a refused request is read and thrown away up to this size and time, so that its connection can go on.
@@ -74,7 +72,7 @@ pub(crate) struct Service {
     /// The limits in force.
     pub limits: Limits,
     /// The microVMs.
-    pub controller: Controller,
+    pub microvms: Microvms,
     /// Opens tokens.
     pub keys: KeyRing,
     /// The metrics.
@@ -101,9 +99,10 @@ impl Service {
 
     /// Everything that is decided before any state is touched.
     fn permit(&self, request: &RequestHeader, handshake: Option<&Handshake>) -> Result<Permit, Reason> {
+        let controller = self.microvms.get().ok_or(Reason::Internal)?;
         let route = Route::of(&request.uri, &request.headers, &self.domain_suffix);
         let timer = self.metrics.token_open_seconds.start_timer();
-        let permit = Permit::check(&self.keys, &self.controller, route, &request.headers, handshake, SystemClock.wall());
+        let permit = Permit::check(&self.keys, controller, route, &request.headers, handshake, SystemClock.wall());
         timer.observe_duration();
         permit
     }
@@ -113,6 +112,27 @@ impl Service {
             (Some(limit), Some(length)) if length > limit => Err(Reason::BodyTooLarge),
             _ => Ok(()),
         }
+    }
+
+    /// Waits until an earlier process has let go of the microVMs, which takes its grace and a little, and as long as this
+    /// process holds requests at all.
+    async fn microvms_are_there(&self, session: &mut Session, ctx: &mut Context) -> Result<(), NotAwake> {
+        if self.microvms.get().is_some() {
+            return Ok(());
+        }
+        let (hold, grace) = {
+            let limits = self.limits.load();
+            (limits.hold, limits.grace)
+        };
+        tokio::select! {
+            biased;
+            () = self.microvms.there() => {}
+            () = client_left(session) => return Err(NotAwake::ClientLeft),
+            () = tokio::time::sleep(grace + hold) => return Err(NotAwake::Refused(Reason::WakeTimeout)),
+        }
+        // Its wake has as long as any other's.
+        ctx.hold_until = Instant::now() + hold;
+        Ok(())
     }
 
     /// Waits for the microVM and keeps its hold in the context.
@@ -140,7 +160,7 @@ impl Service {
     /// Answers by itself, by hand: pingora's own way closes the connection each time.
     async fn refuse(&self, session: &mut Session, ctx: &mut Context, reason: Reason, afterwards: Afterwards) -> Result<()> {
         ctx.reason = Some(reason);
-        if afterwards == Afterwards::Close || session.is_process_shutting_down() || !(session.is_http2() || swallow_body(session).await) {
+        if afterwards == Afterwards::Close || self.peers.links().drain().has_begun() || !(session.is_http2() || swallow_body(session).await) {
             session.set_keepalive(None);
         }
         let reply = reason.reply();
@@ -287,6 +307,7 @@ impl ProxyHttp for Service {
 
     async fn early_request_filter(&self, session: &mut Session, ctx: &mut Context) -> Result<()> {
         ctx.malformed = Guarded::of(session).and_then(Guarded::begin_request);
+        ctx.in_flight = Traffic::of(session.digest()).map(Traffic::begin);
         let request = session.req_header();
         ctx.handshake = Handshake::read(&request.method, request.version, &request.headers);
         // Over HTTP/1.1 the content type means a bridge such as gRPC-Web, whose answers have bodies.
@@ -329,6 +350,18 @@ impl ProxyHttp for Service {
             self.refuse(session, ctx, reason, Afterwards::Close).await?;
             return Ok(true);
         }
+        match self.microvms_are_there(session, ctx).await {
+            Ok(()) => {}
+            Err(NotAwake::Refused(reason)) => {
+                self.refuse(session, ctx, reason, Afterwards::Close).await?;
+                return Ok(true);
+            }
+            Err(NotAwake::ClientLeft) => {
+                ctx.client_left = true;
+                return Err(Error::new_down(ErrorType::ConnectionClosed));
+            }
+        }
+        let request = session.req_header();
         let permit = self
             .permit(request, ctx.handshake.as_ref())
             .and_then(|permit| self.check_body(&request.headers).map(|()| permit));
@@ -535,13 +568,18 @@ impl ProxyHttp for Service {
                 Err(reason) => return Err(Self::fail(ctx, reason)),
             }
         }
-        if session.is_process_shutting_down() {
+        if self.peers.links().drain().has_begun() {
             session.set_keepalive(None);
         }
         ctx.first_byte = None;
         if let Some(awake) = &ctx.awake {
             awake.touch();
-            match headers::answer_kind(answer.status, &answer.headers) {
+            let kind = headers::answer_kind(answer.status, &answer.headers);
+            // A WebSocket takes leave by itself.
+            if let (Some(in_flight), AnswerKind::Stream | AnswerKind::Unknown, None) = (&mut ctx.in_flight, kind, &ctx.handshake) {
+                in_flight.streams();
+            }
+            match kind {
                 AnswerKind::Stream => {
                     ctx.stream = Some(match ctx.protocol {
                         Protocol::WebSocket => StreamKind::WebSocket,
@@ -573,6 +611,9 @@ impl ProxyHttp for Service {
                 watch.progress.store(ctx.bytes_out, Ordering::Relaxed);
             }
             self.metrics.bytes_out.inc_by(length as u64);
+            if let Some(in_flight) = &ctx.in_flight {
+                in_flight.speaks();
+            }
             ctx.touch();
         }
         if end_of_stream && let Some(awake) = &ctx.awake {

@@ -65,6 +65,18 @@ def curl(node, url, *arguments, within=120):
     return parse_include(result.stdout)
 
 
+def curl_many(node, url, count, *arguments, within=120):
+    """The statuses of as many requests by one curl, one after the other over one connection if the node lets it."""
+    name, port = url.split("/")[2].rsplit(":", 1)
+    command = [
+        "curl", "--silent", "--show-error", "--noproxy", "*", "--max-time", str(within), "--cacert", str(node.ca),
+        "--resolve", f"{name}:{port}:127.0.0.1", "--write-out", "%{stderr}%{http_code}\n", "--fail-early", *map(str, arguments), *[url] * count,
+    ]
+    result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=within + 10)
+    assert result.returncode == 0, f"curl ended with {result.returncode}: {result.stderr}"
+    return [int(line) for line in result.stderr.split()]
+
+
 def parse_include(output):
     """The last header block of `curl --include` (an earlier one is a 100 or 101) and the body."""
     while True:

@@ -57,7 +57,7 @@ class Node:
     """Start it with `with Node(dir) as node:`; leaving the block ends its microVMs and checks that nothing is left."""
 
     # As loud as an operator can make it, so that the search for leaked tokens in the log has something to search.
-    def __init__(self, directory, *, edge=ANY, api=ANY, admin=ANY, log='filter = "debug"\n'):
+    def __init__(self, directory, *, edge=ANY, api=ANY, admin=ANY, edge_settings="", log='filter = "debug"\n'):
         self.directory = Path(directory).resolve()
         self.data_dir = self.directory / "data"
         self.config = self.directory / "dormouse.toml"
@@ -66,7 +66,7 @@ class Node:
         self.process = None
         self.directory.mkdir(parents=True, exist_ok=True)
         self.config.write_text(
-            f'[edge]\nlisten = "{edge}"\n'
+            f'[edge]\nlisten = "{edge}"\n{edge_settings}\n'
             f'[api]\nlisten = "{api}"\n'
             f'[admin]\nlisten = "{admin}"\n'
             # AWS takes nothing under a minute; a test that waits a minute is not run.
@@ -79,13 +79,20 @@ class Node:
     def start(self):
         if self not in live:
             live.append(self)
+        self.process = self.spawn()
+        return self.wait_until_ready()
+
+    def spawn(self, *arguments, config=None):
+        """Another `dormouse serve` on the same data directory, its words in the same log."""
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [binary(), "serve", "--config", self.config, "--data-dir", self.data_dir],
+            return subprocess.Popen(
+                [binary(), "serve", "--config", config or self.config, "--data-dir", self.data_dir, *arguments],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 # Its own group: Ctrl-C at the tests reaches the tests, which then end the node in order.
                 start_new_session=True,
             )
+
+    def wait_until_ready(self):
         self._environment, self._clients = None, {}
         eventually(f"the node to be ready (its log is {self.log})", self._is_ready, within=READY_WITHIN)
         return self

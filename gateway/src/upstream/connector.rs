@@ -160,7 +160,7 @@ impl L4Connect for Connector {
             }
         };
         if self.target.speaks == Speaks::WebSocket {
-            let socket = GuestSocket::new(stream, self.awake.clone(), self.links.count_open());
+            let socket = GuestSocket::new(stream, self.awake.clone(), self.links.drain(), self.links.count_open());
             let _ = self.tunnel.set(socket.end());
             return Ok(VirtualSocketStream::new(Box::new(socket)).into());
         }

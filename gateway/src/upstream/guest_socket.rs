@@ -4,6 +4,10 @@
 //! It also answers the pings of a client whose microVM is asleep (design §4 rule 5). They would otherwise be parked bytes
 //! that wake it, and a client that keeps its connection open would keep its microVM awake. While the microVM is awake every
 //! byte passes unchanged in both directions.
+//!
+//! And it takes leave: when the gateway drains, the client reads Close 1001 between two frames. Its answer goes on to the
+//! app, which so learns of it as well (a sleeping microVM is not woken for that), and the tunnel ends with the app's end of
+//! it or after [`MOMENT`].
 
 use std::{
     collections::VecDeque,
@@ -15,17 +19,23 @@ use std::{
 
 use idle_controller::Awake;
 use pingora_core::protocols::l4::virt::{VirtualSockOpt, VirtualSocket};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    time::Sleep,
+};
+use tokio_util::sync::WaitForCancellationFutureOwned;
 use vmm_runtime::engine::GuestStream;
 
 use super::frames::{self, Ping, Scanner};
-use crate::metrics::Open;
+use crate::{drain::{Drain, MOMENT}, metrics::Open};
 
 /// Pongs that wait for the client to read; a client that does not read gets no more of them.
 const MAX_PONG_BYTES: usize = 4096;
 /// Of an answer's status line, as much as holds its status.
 const STATUS_LINE: usize = "HTTP/1.1 101".len();
 const HEADER_END: &[u8; 4] = b"\r\n\r\n";
+/// Close, unmasked as a server's, with status 1001 "going away" (RFC 6455 §5.5.1, §7.4.1).
+const GOING_AWAY: [u8; 4] = [0x88, 2, 0x03, 0xE9];
 
 /// The stream as pingora has it. It is closed when this and every [`GuestEnd`] are gone.
 pub(crate) struct GuestSocket {
@@ -55,6 +65,17 @@ struct Tunnel {
     /// What is to be said to the client between two frames of the guest's.
     pongs: VecDeque<u8>,
     reader: Option<Waker>,
+    leave: Leave,
+}
+
+/// How far the leave-taking of a drain has come.
+enum Leave {
+    /// The gateway goes on, or the guest is in the middle of a frame.
+    NotYet { drain: Drain, begins: Pin<Box<WaitForCancellationFutureOwned>> },
+    /// The client has been sent this much of [`GOING_AWAY`].
+    Saying(usize),
+    /// Until the app ends the tunnel, or this is over.
+    Said(Pin<Box<Sleep>>),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -161,6 +182,10 @@ impl HeaderScan {
 impl Tunnel {
     /// Passes bytes to the guest, except for the pings of a client whose microVM is asleep.
     fn poll_write(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        if !matches!(self.leave, Leave::NotYet { .. }) && self.awake.is_asleep() {
+            // The answer to our Close, perhaps what was sent before it was read. Nobody is woken to hear a goodbye.
+            return Poll::Ready(Ok(bytes.len()));
+        }
         ready!(self.poll_send_held_back(cx))?;
         if !self.ping.is_empty() {
             return Poll::Ready(Ok(self.take_ping(bytes)));
@@ -246,6 +271,9 @@ impl Tunnel {
             self.pongs.drain(..said);
             return Poll::Ready(Ok(()));
         }
+        if let Some(ended) = self.poll_leave(cx, buf) {
+            return ended;
+        }
         let before = buf.filled().len();
         match self.stream.as_mut().poll_read(cx, buf) {
             Poll::Ready(read) => {
@@ -254,7 +282,45 @@ impl Tunnel {
             }
             Poll::Pending => {
                 self.reader = Some(cx.waker().clone());
+                // If the guest is in the middle of a frame, the rest of it comes first, and then the next read.
+                if let Leave::NotYet { begins, .. } = &mut self.leave
+                    && self.from_guest.frames().is_some_and(Scanner::at_boundary)
+                    && begins.as_mut().poll(cx).is_ready()
+                {
+                    cx.waker().wake_by_ref();
+                }
                 Poll::Pending
+            }
+        }
+    }
+
+    /// What the client reads while the gateway drains; `None` as long as the guest has the word.
+    fn poll_leave(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Option<Poll<io::Result<()>>> {
+        loop {
+            match &mut self.leave {
+                Leave::NotYet { drain, .. } => {
+                    if !drain.has_begun() || !self.from_guest.frames().is_some_and(Scanner::at_boundary) {
+                        return None;
+                    }
+                    self.leave = Leave::Saying(0);
+                }
+                Leave::Saying(said) if *said < GOING_AWAY.len() => {
+                    let more = buf.remaining().min(GOING_AWAY.len() - *said);
+                    buf.put_slice(&GOING_AWAY[*said..*said + more]);
+                    *said += more;
+                    return Some(Poll::Ready(Ok(())));
+                }
+                Leave::Saying(_) => self.leave = Leave::Said(Box::pin(tokio::time::sleep(MOMENT))),
+                Leave::Said(end) => {
+                    // Nothing may follow a Close; what the app still says goes nowhere.
+                    let mut waste = [0; 4096];
+                    let mut waste = ReadBuf::new(&mut waste);
+                    return Some(match self.stream.as_mut().poll_read(cx, &mut waste) {
+                        Poll::Ready(Ok(())) if !waste.filled().is_empty() => continue,
+                        Poll::Ready(_) => Poll::Ready(Ok(())),
+                        Poll::Pending => end.as_mut().poll(cx).map(Ok),
+                    });
+                }
             }
         }
     }
@@ -262,7 +328,7 @@ impl Tunnel {
 
 impl GuestSocket {
     /// Wraps a stream and counts it as open.
-    pub fn new(stream: GuestStream, awake: Arc<Awake>, open: Open) -> Self {
+    pub fn new(stream: GuestStream, awake: Arc<Awake>, drain: &Drain, open: Open) -> Self {
         let tunnel = Tunnel {
             stream,
             _open: open,
@@ -275,6 +341,7 @@ impl GuestSocket {
             held_back: Vec::new(),
             pongs: VecDeque::new(),
             reader: None,
+            leave: Leave::NotYet { drain: drain.clone(), begins: Box::pin(drain.begins_owned()) },
         };
         Self { end: GuestEnd { tunnel: Arc::new(Mutex::new(tunnel)) } }
     }

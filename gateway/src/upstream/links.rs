@@ -27,7 +27,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use vmm_runtime::engine::GuestStream;
 
 use super::transport::Transport;
-use crate::{Limits, metrics::Open};
+use crate::{Limits, drain::Drain, metrics::Open};
 
 /// How often idle streams are looked at. One that its guest has closed is found at its next use in any case.
 const SWEEP: Duration = Duration::from_secs(1);
@@ -155,13 +155,19 @@ pub(crate) struct Links {
     limits: Limits,
     tasks: TaskTracker,
     ended: CancellationToken,
+    drain: Drain,
     open: IntGauge,
 }
 
 impl Links {
     /// None yet.
     pub fn new(limits: Limits, open: IntGauge) -> Self {
-        Self { by_number: DashMap::new(), next: AtomicI32::new(FIRST), limits, tasks: TaskTracker::new(), ended: CancellationToken::new(), open }
+        Self { by_number: DashMap::new(), next: AtomicI32::new(FIRST), limits, tasks: TaskTracker::new(), ended: CancellationToken::new(), drain: Drain::default(), open }
+    }
+
+    /// Whether the gateway drains.
+    pub fn drain(&self) -> &Drain {
+        &self.drain
     }
 
     /// Counts a stream to a guest as open while the guard lives.

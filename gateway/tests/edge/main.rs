@@ -5,6 +5,7 @@
 mod admission;
 mod app;
 mod connections;
+mod drain;
 mod eager;
 mod forwarding;
 mod guest_tls;

@@ -10,7 +10,7 @@ use std::{
 
 use bytes::Bytes;
 use config::{Config, EdgeLimits};
-use gateway::{AccessLogTarget, Gateway, GatewayConfig, Limits, Tls};
+use gateway::{AccessLogTarget, Gateway, GatewayConfig, Limits, Microvms, Tls};
 use http::{Request, Response};
 use http_body_util::{BodyExt as _, Full, combinators::BoxBody};
 use hyper::body::Incoming;
@@ -61,6 +61,7 @@ pub struct Rig {
     pub limits: Limits,
     pub access_log: PathBuf,
     tls: Tls,
+    config: GatewayConfig,
     pub stop: CancellationToken,
     pub served: Option<JoinHandle<()>>,
     authority: Authority,
@@ -107,11 +108,22 @@ impl Rig {
             access_log: AccessLogTarget::File(access_log.clone()),
         };
         let tls = Tls::from(Arc::new(authority.server()));
-        let gateway = Gateway::bind(config, controller.clone(), keys.clone(), tls.clone(), &metrics).await.unwrap();
+        let gateway = Gateway::bind(config.clone(), controller.clone(), keys.clone(), tls.clone(), &metrics).await.unwrap();
         let (address, limits) = (gateway.local_addr(), gateway.limits());
         let stop = CancellationToken::new();
         let served = tokio::spawn(gateway.serve(stop.clone()));
-        Self { engine, controller, keys, address, metrics, limits, tls, stop, served: Some(served), access_log, authority, _dir: dir }
+        Self { engine, controller, keys, address, metrics, limits, tls, config, stop, served: Some(served), access_log, authority, _dir: dir }
+    }
+
+    /// Another gateway for the same microVMs on a listener of its own, which clients use from now on.
+    pub fn move_to(&mut self, listener: std::net::TcpListener, microvms: impl Into<Microvms>) {
+        listener.set_nonblocking(true).unwrap();
+        let listener = tokio::net::TcpListener::from_std(listener).unwrap();
+        self.metrics = prometheus::Registry::new();
+        let gateway = Gateway::on(listener, self.config.clone(), microvms, self.keys.clone(), self.tls.clone(), &self.metrics).unwrap();
+        (self.address, self.limits) = (gateway.local_addr(), gateway.limits());
+        self.stop = CancellationToken::new();
+        self.served = Some(tokio::spawn(gateway.serve(self.stop.clone())));
     }
 
     /// A microVM that runs, with this app on its port 8080.
@@ -160,9 +172,13 @@ impl Rig {
     }
 
     pub async fn tls_as(&self, name: &'static str, alpn: &[&str]) -> TlsStream<TcpStream> {
+        let tcp = TcpStream::connect(self.address).await.unwrap();
+        self.tls_over(tcp, name, alpn).await
+    }
+
+    pub async fn tls_over(&self, tcp: TcpStream, name: &'static str, alpn: &[&str]) -> TlsStream<TcpStream> {
         let mut config = rustls::ClientConfig::builder().with_root_certificates(self.authority.roots.clone()).with_no_client_auth();
         config.alpn_protocols = alpn.iter().map(|protocol| protocol.as_bytes().to_vec()).collect();
-        let tcp = TcpStream::connect(self.address).await.unwrap();
         tcp.set_nodelay(true).unwrap();
         within("the TLS handshake", TlsConnector::from(Arc::new(config)).connect(ServerName::try_from(name).unwrap(), tcp)).await.unwrap()
     }
