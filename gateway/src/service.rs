@@ -463,16 +463,14 @@ impl ProxyHttp for Service {
             return Ok(());
         }
         let links = self.peers.links();
-        let Some(link) = links.find(descriptor) else {
-            return Err(Self::fail(ctx, Reason::Internal));
-        };
+        let link = links.find(descriptor);
         // pingora's pool compares 64-bit hashes only; this compares what was hashed.
-        if link.target != wanted {
+        if link.as_ref().is_some_and(|link| link.target != wanted) {
             tracing::error!("a pooled connection leads elsewhere than asked; it was not used");
             return Err(Self::fail(ctx, Reason::Internal));
         }
-        let Some(taken) = link.take_up() else {
-            // It idled for too long until just now. Nothing was sent on it, so another one may be made.
+        let Some((link, taken)) = link.and_then(|link| link.take_up().map(|taken| (link, taken))) else {
+            // It has ended just now. Nothing was sent on it, so another one may be made.
             let mut error = Error::new_up(ErrorType::ConnectionClosed);
             error.set_retry(true);
             return Err(error);
