@@ -71,7 +71,7 @@ impl Layers {
     }
 
     /// The layers of a process that runs already.
-    pub(super) fn existing(microvm_dir: &Path, endings: &'static [&'static str], sealed: Vec<Part>, top: Generation) -> Self {
+    pub(crate) fn existing(microvm_dir: &Path, endings: &'static [&'static str], sealed: Vec<Part>, top: Generation) -> Self {
         Self { dir: dir(microvm_dir), endings, sealed, top }
     }
 

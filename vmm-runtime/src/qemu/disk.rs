@@ -69,12 +69,12 @@ pub(super) async fn merge(layers: &mut Layers, qmp: &Qmp, cancel: &CancellationT
             event = events.recv() => event,
             () = cancel.cancelled(), if !asked_to_end => {
                 asked_to_end = true;
-                qmp.execute("block-job-cancel", json!({ "device": "merge", "force": true }), COMMAND_LIMIT).await?;
+                end_merge(qmp).await?;
                 continue;
             }
             () = &mut deadline, if !asked_to_end => {
                 asked_to_end = true;
-                qmp.execute("block-job-cancel", json!({ "device": "merge", "force": true }), COMMAND_LIMIT).await?;
+                end_merge(qmp).await?;
                 continue;
             }
             () = qmp.closed() => return Err(QmpError::Closed),
@@ -91,6 +91,15 @@ pub(super) async fn merge(layers: &mut Layers, qmp: &Qmp, cancel: &CancellationT
     }
     layers.merged();
     Ok(true)
+}
+
+/// Asks the job to end; the event of its end follows. QEMU's refusal means that the job has just ended by itself, and that
+/// the event is on its way or here.
+async fn end_merge(qmp: &Qmp) -> Result<(), QmpError> {
+    match qmp.execute("block-job-cancel", json!({ "device": "merge", "force": true }), COMMAND_LIMIT).await {
+        Ok(_) | Err(QmpError::Refused { .. }) => Ok(()),
+        Err(error) => Err(error),
+    }
 }
 
 /// Writes an empty qcow2 (version 3) of this size. By hand, since a `qemu-img` process would be a fifth of a wake.
@@ -130,7 +139,10 @@ pub(super) fn create_overlay(path: &Path, virtual_bytes: u64) -> io::Result<()> 
 mod tests {
     use std::process::Command;
 
+    use model::Generation;
+
     use super::*;
+    use crate::{qemu::qmp, snapshot::manifest::Part};
 
     fn info(path: &Path) -> Value {
         let check = Command::new("qemu-img").args(["check", "-q", "-f", "qcow2"]).arg(path).status().unwrap();
@@ -147,5 +159,28 @@ mod tests {
             create_overlay(&path, size).unwrap();
             assert_eq!(info(&path)["virtual-size"], size);
         }
+    }
+
+    /// A take-back comes in the instant in which the job ends by itself: QEMU says so, and refuses to cancel what is not there.
+    #[tokio::test]
+    async fn a_merge_that_ends_as_it_is_cancelled_is_a_merge() {
+        let qemu = qmp::tests::server(|command| {
+            let id = &command["id"];
+            let said = match command["execute"].as_str() {
+                Some("block-job-cancel") => format!(
+                    "{{\"event\": \"BLOCK_JOB_COMPLETED\", \"data\": {{\"device\": \"merge\"}}}}\n{{\"id\": {id}, \"error\": {{\"desc\": \"Block job 'merge' not found\"}}}}\n"
+                ),
+                _ => format!("{{\"return\": {{}}, \"id\": {id}}}\n"),
+            };
+            Some(said.into_bytes())
+        });
+        let qmp = Qmp::start(qemu, COMMAND_LIMIT).await.unwrap();
+        let sealed = (0..9).map(|layer| Part { file: format!("{layer}.{LAYER}"), bytes: 0, crc32: None }).collect();
+        let mut layers = Layers::existing(Path::new("nowhere"), &[LAYER], sealed, Generation(9));
+        assert!(layers.want_merge());
+        let cancel = CancellationToken::new();
+        cancel.cancel();
+        assert!(merge(&mut layers, &qmp, &cancel).await.unwrap());
+        assert_eq!(layers.sealed_count(), 0);
     }
 }

@@ -224,7 +224,7 @@ fn send(socket: BorrowedFd<'_>, bytes: &[u8], fd: Option<BorrowedFd<'_>>) -> io:
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 
     use super::*;
@@ -232,7 +232,7 @@ mod tests {
     const LIMIT: Duration = Duration::from_secs(5);
 
     /// A QEMU that answers each command with what `answer` says to it.
-    fn server(answer: impl Fn(&Value) -> Option<Vec<u8>> + Send + 'static) -> UnixStream {
+    pub(in crate::qemu) fn server(answer: impl Fn(&Value) -> Option<Vec<u8>> + Send + 'static) -> UnixStream {
         let (client, server) = UnixStream::pair().unwrap();
         tokio::spawn(async move {
             let (from, mut to) = server.into_split();
