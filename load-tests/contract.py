@@ -30,6 +30,7 @@ from harness import contract  # noqa: E402
 from harness.clients import loopback_for_localhost  # noqa: E402
 from harness.contract.judge import percentile  # noqa: E402
 from harness.contract.plan import Plan  # noqa: E402
+from harness.contract.play import Outcome  # noqa: E402
 from harness.images import grpc_wheels  # noqa: E402
 from harness.node import Node  # noqa: E402
 
@@ -67,6 +68,7 @@ def report(verdict, began, load):
     for name, counts in verdict.deltas.items():
         yield f"- `{name}`: " + (", ".join(f"{label} {count}" for label, count in sorted(counts.items())) or "none")
     yield f"- clients that left while they were held, and freed their places before the hold ended: {verdict.left}"
+    yield f"- clients of open streams that left a sleeping microVM, and freed their places without waking it: {verdict.left_asleep}"
     yield f"- warnings in the node's log: {len(verdict.loud)}"
     yield f"- **surprises: {len(verdict.surprises)}**"
     yield ""
@@ -107,9 +109,8 @@ def main():
     text = "\n".join(lines) + "\n"
     print(text)
     (RESULTS / f"{asked.name}.md").write_text(text)
-    with (RESULTS / f"{asked.name}.jsonl").open("w") as raw:
-        for outcome in sorted(verdict.outcomes, key=lambda outcome: outcome.at):
-            raw.write(json.dumps(outcome.record()) + "\n")
+    rows = [Outcome.columns()] + [outcome.row() for outcome in sorted(verdict.outcomes, key=lambda outcome: outcome.at)]
+    (RESULTS / f"{asked.name}.jsonl").write_text("".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows))
     return 1 if verdict.surprises else 0
 
 

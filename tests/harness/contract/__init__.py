@@ -3,7 +3,7 @@
     plan.py     what is sent when, drawn from a seed before the first byte is sent
     play.py     sends it, with clients that nobody here wrote, and writes down what came back
     judge.py    compares that with the guests' ledgers, the node's metrics and its log
-    leaving.py  clients that hang up while they are held
+    leaving.py  clients that hang up while they are held, or while their microVM sleeps
 
 `load-tests/contract.py` runs it long and reports; `tests/test_contract.py` runs it short.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from ..images import build, zip_of
 from ..microvm import PATIENT, Microvm
 from .judge import Verdict
-from .leaving import leave_in_the_hold
+from .leaving import leave_in_the_hold, leave_while_asleep
 from .plan import IDLE, Plan
 from .play import Player
 
@@ -37,6 +37,7 @@ def run(node, image, plan):
         asyncio.run(player.play())
         verdict.judge(player)
         verdict.left = leave_in_the_hold(node, fleet[-1], verdict)
+        verdict.left_asleep = leave_while_asleep(node, fleet[-1], verdict)
         verdict.settle()
         return verdict
     finally:

@@ -11,10 +11,11 @@ from ..waiting import NeverHappened, eventually
 
 # Kinds that a guest executes, by how the client's end of it decides how often.
 ONCE = {"get", "post", "drop", "cut", "ws-short", "ws", "chat", "sse"}
-LOUD = re.compile(r"\b(ERROR|WARN)\b|panicked")
+# A line's level, as JSON or with a terminal's colours around it.
+LOUD = re.compile(r"(?<![A-Z_])(?P<level>ERROR|WARN)(?![A-Z_])|panicked")
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d+Z")
-# What must be nothing once every client has gone, and how long that may take. A connection to a guest is kept for half a
-# minute for the next request.
+# What must be nothing once every client has gone, and how long that may take. A connection to a guest is kept for its next
+# request (edge.upstream_keepalive_secs).
 GAUGES = {"idle_requests_waiting": 30, "edge_open_streams": 30, "edge_connections": 30, "edge_upstream_streams": 90}
 # Lines of the log shown for one surprise.
 SHOWN = 12
@@ -34,7 +35,7 @@ class Verdict:
         self.before = node.metrics()
         self.log_from = node.log.stat().st_size
         self.outcomes, self.surprises = [], []
-        self.left = 0
+        self.left = self.left_asleep = 0
 
     def surprise(self, what, outcome=None, node_ids=()):
         self.surprises.append({"what": what, "outcome": outcome, "node_ids": [name for name in node_ids if name]})
@@ -102,7 +103,7 @@ class Verdict:
                 self.surprise(f"{count} suspends ended as {outcome}")
         self.loud = [line for line in self.log() if LOUD.search(line)]
         for line in self.loud:
-            if "ERROR" in line or "panicked" in line:
+            if LOUD.search(line)["level"] != "WARN":
                 self.surprise(f"the node's log: {line}")
 
     def _delta(self, after, name, key):

@@ -1,4 +1,5 @@
-"""Clients that hang up while their request is held: each frees its place at once, and nothing of it reaches the guest.
+"""Clients that hang up while their request is held: each frees its place at once, and nothing of it reaches the guest. And
+clients of open streams that hang up while the microVM sleeps: that is told to no guest before it wakes, and wakes none.
 
 The hold is made to last by stopping (SIGSTOP) the VMM processes that wait ready, one of which the wake takes. So what is
 seen does not depend on how fast anything is.
@@ -13,6 +14,7 @@ from ..waiting import eventually
 from .play import Player
 
 WAITING = "idle_requests_waiting"
+OPEN = "edge_open_streams"
 WITHIN = 20
 
 
@@ -86,4 +88,46 @@ def leave_in_the_hold(node, vm, verdict):
     for name in ledger:
         if name.startswith("held-"):
             verdict.surprise(f"{name} left while it was held, and the guest executed it: {ledger[name]}", node_ids=ledger[name]["node_ids"])
+    return left
+
+
+def leave_while_asleep(node, vm, verdict):
+    """Clients with open streams leave a microVM that sleeps; how many did."""
+    player = Player(node, [vm], verdict.plan)
+    before = node.metrics().total(OPEN)
+
+    async def listen(client, name, heard):
+        async with client.stream("GET", f"/sse?id={name}") as events:
+            async for _ in events.aiter_lines():
+                heard.set()
+
+    async def come_and_go():
+        player.tokens = [vm.token(ALL_PORTS)]
+        async with contextlib.AsyncExitStack() as stack:
+            clients = [await stack.enter_async_context(player._client(0, http)) for http in ("h1", "h2")]
+            heard = [asyncio.Event() for _ in clients]
+            streams = [asyncio.create_task(listen(client, f"parked-{at}", heard[at])) for at, client in enumerate(clients)]
+            socket = await player.websocket(0, "parked-socket")
+            await socket.send(b"hello")
+            await socket.recv()
+            await asyncio.wait_for(asyncio.gather(*(one.wait() for one in heard)), WITHIN)
+            await asyncio.to_thread(vm.suspend)
+            wakes = node.wakes()
+            for one in streams:
+                one.cancel()
+            await asyncio.gather(*streams, return_exceptions=True)
+            # Without a close frame, whose bytes would be for the guest and wake it.
+            socket.transport.abort()
+            for client in clients:
+                await client.aclose()
+            await asyncio.to_thread(eventually, "every stream to be gone", lambda: node.metrics().total(OPEN) == before, within=WITHIN)
+            return len(streams) + 1, wakes
+
+    try:
+        left, wakes = asyncio.run(come_and_go())
+    except AssertionError as never:
+        verdict.surprise(f"clients that left while the microVM slept: {never}")
+        return 0
+    if vm.state != "SUSPENDED" or node.wakes() != wakes:
+        verdict.surprise(f"clients that left a sleeping microVM woke it: {vm.id} is {vm.state}")
     return left

@@ -7,7 +7,7 @@ import asyncio
 import hashlib
 import time
 from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import grpc
 import httpx
@@ -67,8 +67,14 @@ class Outcome:
     problem: str | None = None
     executions: int | None = None
 
-    def record(self):
-        return {key: round(value, 4) if isinstance(value, float) else value for key, value in asdict(self).items() if value is not None}
+    @classmethod
+    def columns(cls):
+        return [field.name for field in fields(cls)]
+
+    def row(self):
+        """As a line of the raw data: milliseconds are enough, and ids are for what was a surprise."""
+        values = asdict(self) if self.problem else asdict(self) | {"node_id": None}
+        return [round(value, 3) if isinstance(value, float) else value for value in values.values()]
 
 
 class Problem(Exception):
