@@ -185,7 +185,7 @@ impl Bench {
 
     fn haproxy(&self, address: SocketAddr) -> String {
         format!(
-            "global\n  nbthread 1\n  maxconn 10000\n  {}\ndefaults\n  mode http\n  {}\n  timeout connect 5s\n  timeout client 600s\n  timeout server 600s\n  timeout tunnel 600s\n  http-reuse always\n\
+            "global\n  nbthread 1\n  maxconn 4000\n  {}\ndefaults\n  mode http\n  {}\n  timeout connect 5s\n  timeout client 600s\n  timeout server 600s\n  timeout tunnel 600s\n  http-reuse always\n\
              frontend edge\n  bind {address} ssl crt {}/both.pem alpn h2,http/1.1 ssl-min-ver TLSv1.2\n  use_backend websockets if {{ path_beg /websocket }}\n  default_backend app\n\
              backend app\n  server app {}\nbackend websockets\n  server websockets {}\n",
             if self.log { "log stdout format raw local0" } else { "" },
