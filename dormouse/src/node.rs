@@ -63,6 +63,8 @@ enum Ended {
 pub fn serve(serve: Serve) -> Result<()> {
     let Serve { config, config_file, upgrade } = &serve;
     let log = Log::start(config)?;
+    // Before anything is opened: each connection at the edge takes up to two.
+    gateway::raise_open_files().context("raising the limit of open files to its hard limit")?;
     files::private_dir(&config.node.data_dir)?;
     let data_dir = fs::canonicalize(&config.node.data_dir).with_context(|| format!("finding {}", config.node.data_dir.display()))?;
     // Listen first: a taken port is the most common mistake and should be told before anything slow.

@@ -47,6 +47,11 @@ impl Limits {
         self.current.load()
     }
 
+    /// Those in force now, to be kept.
+    pub(crate) fn load_full(&self) -> Arc<EdgeLimits> {
+        self.current.load_full()
+    }
+
     /// Tells of each [`Limits::replace`].
     pub(crate) fn watch(&self) -> watch::Receiver<()> {
         self.changed.subscribe()

@@ -19,6 +19,7 @@ use std::{
     time::Duration,
 };
 
+use ::config::EdgeLimits;
 use async_trait::async_trait;
 use pingora_core::protocols::{
     ALPN, GetProxyDigest, GetSocketDigest, GetTimingDigest, Peek, Shutdown, SocketDigest, Ssl, TimingDigest, UniqueID, UniqueIDType,
@@ -27,32 +28,51 @@ use pingora_core::protocols::{
     tls::{SslDigest, TlsStream},
 };
 use tokio::{
-    io::{AsyncRead, AsyncWrite, AsyncWriteExt, Interest, ReadBuf},
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt, Interest, ReadBuf},
     net::TcpStream,
     time::{Instant, Sleep},
 };
 
 use crate::{Limits, access_log::{AccessLog, Entry}, drain::Traffic, framing::HeaderLimits, meter::HeaderMeter, metrics::{Metrics, Protocol}, reply::Reason};
 
-/// After the last answer on a connection that is closed with input unread: this much is read and thrown away, so that
-/// the close does not reach the client as a reset that overtakes the answer.
-const LINGER: Duration = Duration::from_secs(1);
-const LINGER_BYTES: usize = 256 * 1024;
+/// After the last answer on a connection that is closed with input unread: what still comes is read and thrown away until
+/// nothing has come for this long, so that the close does not reach the client as a reset that overtakes the answer. A
+/// client in the middle of an upload goes on for a while before it looks.
+const LINGER: Duration = Duration::from_secs(2);
+/// The most that takes in all. What a client cannot send in this time it has to look up from to read the answer.
+const LINGER_IN_ALL: Duration = Duration::from_secs(30);
+/// The frame that every connection of HTTP/2 begins with, and one that ends it before any stream: ENHANCE_YOUR_CALM
+/// (RFC 9113 §§6.5, 6.8, 7), to be followed by the reason.
+const EMPTY_SETTINGS: [u8; 9] = [0, 0, 0, 4, 0, 0, 0, 0, 0];
+const GOAWAY_FIXED: [u8; 8] = [0, 0, 0, 0, 0, 0, 0, 0xb];
+/// What a client of HTTP/2 sends before anything else (RFC 9113 §3.4).
+const PREFACE_LENGTH: usize = 24;
 
 /// A client's socket, shared with those who watch for its end.
-#[derive(Clone)]
 pub(crate) struct Socket {
     tcp: Arc<TcpStream>,
     digest: Arc<SocketDigest>,
+    // How long the client may take nothing of what is written, and since when it has not.
+    patience: Duration,
+    stall: Option<Pin<Box<Sleep>>>,
+}
+
+impl Clone for Socket {
+    fn clone(&self) -> Self {
+        Self { tcp: self.tcp.clone(), digest: self.digest.clone(), patience: self.patience, stall: None }
+    }
 }
 
 impl Socket {
     /// Takes over an accepted connection.
-    pub fn new(tcp: TcpStream, peer: SocketAddr) -> Self {
+    pub fn new(tcp: TcpStream, peer: SocketAddr, limits: &EdgeLimits) -> Self {
+        // A socket that does not take an option works without it.
+        let _ = tcp.set_nodelay(true);
+        let _ = watch_for_vanishing(&tcp, limits.vanished_deadline);
         let digest = SocketDigest::from_raw_fd(tcp.as_raw_fd());
         // Set now: pingora would ask the descriptor when it is needed, which may by then be another connection's.
         let _ = digest.peer_addr.set(Some(PingoraAddr::Inet(peer)));
-        Self { tcp: Arc::new(tcp), digest: Arc::new(digest) }
+        Self { tcp: Arc::new(tcp), digest: Arc::new(digest), patience: limits.write_deadline, stall: None }
     }
 
     /// The client's address.
@@ -79,19 +99,36 @@ impl Socket {
         }
     }
 
-    /// Reads and throws away; ready at the end of the stream or after `budget` bytes.
-    fn poll_drain(&self, cx: &mut Context<'_>, budget: &mut usize) -> Poll<()> {
-        let mut waste = [0; 4096];
-        while *budget > 0 {
+    /// Reads and throws away; ready at the end of the stream. Says in `came` whether there was anything.
+    fn poll_drain(&self, cx: &mut Context<'_>, came: &mut bool) -> Poll<()> {
+        let mut waste = [0; 16 * 1024];
+        loop {
             match ready!(self.tcp.poll_read_ready(cx)).and_then(|()| self.tcp.try_read(&mut waste)) {
-                Ok(0) => break,
-                Ok(read) => *budget = budget.saturating_sub(read),
+                Ok(0) => return Poll::Ready(()),
+                Ok(_) => *came = true,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(_) => break,
+                Err(_) => return Poll::Ready(()),
             }
         }
-        Poll::Ready(())
     }
+
+    /// Whether the client has taken nothing for too long. To be asked only while something is to be written.
+    fn poll_stalled(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
+        let stall = self.stall.get_or_insert_with(|| Box::pin(tokio::time::sleep(self.patience)));
+        stall.as_mut().poll(cx).map(|()| io::Error::new(io::ErrorKind::TimedOut, "the client takes nothing of what is sent to it"))
+    }
+}
+
+/// Lets the kernel find out that the client's host is gone: a connection on which nothing is sent, such as a silent
+/// WebSocket, would otherwise stay for ever. Probes begin after half the time; a connection whose probes or data are not
+/// acknowledged for `deadline` is broken (tcp(7), TCP_USER_TIMEOUT).
+fn watch_for_vanishing(tcp: &TcpStream, deadline: Duration) -> rustix::io::Result<()> {
+    use rustix::net::sockopt;
+    sockopt::set_tcp_keepidle(tcp, deadline / 2)?;
+    sockopt::set_tcp_keepintvl(tcp, (deadline / 8).max(Duration::from_secs(1)))?;
+    sockopt::set_tcp_keepcnt(tcp, 4)?;
+    sockopt::set_tcp_user_timeout(tcp, u32::try_from(deadline.as_millis()).unwrap_or(u32::MAX))?;
+    sockopt::set_socket_keepalive(tcp, true)
 }
 
 impl fmt::Debug for Socket {
@@ -121,12 +158,18 @@ impl AsyncWrite for Socket {
         self.poll_write_vectored(cx, &[IoSlice::new(buf)])
     }
 
-    fn poll_write_vectored(self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
+    fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
         loop {
-            ready!(self.tcp.poll_write_ready(cx))?;
+            match self.tcp.poll_write_ready(cx) {
+                Poll::Ready(ready) => ready?,
+                Poll::Pending => return self.poll_stalled(cx).map(Err),
+            }
             match self.tcp.try_write_vectored(bufs) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                result => return Poll::Ready(result),
+                result => {
+                    self.stall = None;
+                    return Poll::Ready(result);
+                }
             }
         }
     }
@@ -183,10 +226,10 @@ struct Closing {
     // Our own answer to a header that never became a request, as far as it is not sent yet.
     farewell: Vec<u8>,
     tls: TlsEnd,
-    // Bytes that may still be thrown away.
-    budget: usize,
     // Whoever does not take the answer in time does not get it.
     deadline: Pin<Box<Sleep>>,
+    // The deadline is put off while something comes, but not beyond this.
+    latest: Instant,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -256,30 +299,33 @@ pub(crate) struct Guarded {
     socket: Socket,
     settings: GuardSettings,
     traffic: Arc<Traffic>,
-    // The client has not yet taken what it was sent.
-    write_waits: bool,
     // Even: a header is awaited. Odd: a request is under way. The service counts it up, through a shared reference.
     turn: AtomicU32,
     // The turn that `meter` and `deadline` belong to.
     metered_turn: u32,
     meter: HeaderMeter,
     deadline: Option<Pin<Box<Sleep>>>,
-    // Why the header awaited in this turn is refused.
+    // Of HTTP/2: how much of the preface has not come. pingora has no deadline for it; for what follows it has.
+    preface_left: usize,
+    // Why the header awaited in this turn, or the whole connection, is refused.
     refused: Option<(u32, Reason)>,
+    // The client has not taken all that it was sent, or cannot: at the close there is nothing to wait for.
+    owed: bool,
     closing: Option<Closing>,
 }
 
 impl Guarded {
-    /// Guards a connection. HTTP/2 brings its own limits and is only passed through.
+    /// Guards a connection. HTTP/2 brings its own limits; once its preface has come it is only passed through.
     pub fn new(tls: TlsStream<Socket>, socket: Socket, settings: GuardSettings, traffic: Arc<Traffic>) -> Self {
         let multiplexed = matches!(tls.selected_alpn_proto(), Some(ALPN::H2));
         let turn = u32::from(multiplexed);
         let limits = settings.limits.load();
         let meter = HeaderMeter::new(HeaderLimits::of(&limits));
-        let deadline = (!multiplexed).then(|| Box::pin(tokio::time::sleep(limits.header_deadline)));
+        let deadline = Some(Box::pin(tokio::time::sleep(limits.header_deadline)));
         drop(limits);
         let (alpn, ssl) = (tls.selected_alpn_proto(), tls.get_ssl_digest());
-        Self { tls: Shared(Mutex::new(tls)), alpn, ssl, socket, settings, traffic, write_waits: false, turn: AtomicU32::new(turn), metered_turn: turn, meter, deadline, refused: None, closing: None }
+        let preface_left = if multiplexed { PREFACE_LENGTH } else { 0 };
+        Self { tls: Shared(Mutex::new(tls)), alpn, ssl, socket, settings, traffic, turn: AtomicU32::new(turn), metered_turn: turn, meter, deadline, preface_left, refused: None, owed: false, closing: None }
     }
 
     /// The connection under a pingora session, if it is HTTP/1.1.
@@ -331,6 +377,37 @@ impl Guarded {
         self.header_turn() == Some(self.metered_turn) && self.meter.has_begun()
     }
 
+    /// Tells the client why its connection is not served, and ends it.
+    pub async fn turn_away(mut self, reason: Reason) {
+        if let Some(turn) = self.header_turn() {
+            // Some clients take an answer that comes before their request for a fault.
+            let mut waste = [0; 4096];
+            while !self.meter.has_ended() && self.read(&mut waste).await.is_ok_and(|read| read > 0) {}
+            self.refused = Some((turn, reason));
+        } else {
+            self.refused = Some((self.metered_turn, reason));
+        }
+        let _ = AsyncWriteExt::shutdown(&mut self).await;
+    }
+
+    fn noted<T>(&mut self, outcome: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+        self.owed = !matches!(outcome, Poll::Ready(Ok(_)));
+        outcome
+    }
+
+    fn poll_preface(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if self.deadline.as_mut().is_some_and(|deadline| deadline.as_mut().poll(cx).is_ready()) {
+            return Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the preface of HTTP/2 took too long")));
+        }
+        let before = buf.filled().len();
+        ready!(Pin::new(&mut self.tls).poll_read(cx, buf))?;
+        self.preface_left = self.preface_left.saturating_sub(buf.filled().len() - before);
+        if self.preface_left == 0 {
+            self.deadline = None;
+        }
+        Poll::Ready(Ok(()))
+    }
+
     fn refused_in(&self, turn: u32) -> Option<Reason> {
         self.refused.filter(|(refused_turn, _)| *refused_turn == turn).map(|(_, reason)| reason)
     }
@@ -345,14 +422,14 @@ impl fmt::Debug for Guarded {
 impl AsyncRead for Guarded {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = &mut *self;
-        if this.traffic.may_end() && !this.write_waits && !this.header_has_begun() {
+        if this.traffic.may_end() && !this.owed && !this.header_has_begun() {
             // The client reads the end of TLS and of the stream, and pingora that the client is gone. If the client does
             // not take even this much, it does without.
             let _ = Pin::new(&mut this.tls).poll_shutdown(cx)?;
             return Poll::Ready(Ok(()));
         }
         let Some(turn) = this.header_turn() else {
-            return Pin::new(&mut this.tls).poll_read(cx, buf);
+            return if this.preface_left > 0 { this.poll_preface(cx, buf) } else { Pin::new(&mut this.tls).poll_read(cx, buf) };
         };
         if turn != this.metered_turn {
             // A new header. Until its first byte only the keepalive timeout runs, which pingora keeps.
@@ -366,6 +443,10 @@ impl AsyncRead for Guarded {
         if let Some(deadline) = &mut this.deadline
             && deadline.as_mut().poll(cx).is_ready()
         {
+            // Of whom nothing has come is not told anything: it would read the answer as that to its next request.
+            if this.meter.has_begun() {
+                this.refused = Some((turn, Reason::HeaderTimeout));
+            }
             return Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the request header took too long")));
         }
         let before = buf.filled().len();
@@ -395,14 +476,12 @@ impl AsyncWrite for Guarded {
             return Poll::Ready(Ok(buf.len()));
         }
         let written = Pin::new(&mut self.tls).poll_write(cx, buf);
-        self.write_waits = written.is_pending();
-        written
+        self.noted(written)
     }
 
     fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.tls).poll_write_vectored(cx, bufs);
-        self.write_waits = written.is_pending();
-        written
+        self.noted(written)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -411,17 +490,19 @@ impl AsyncWrite for Guarded {
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let flushed = Pin::new(&mut self.tls).poll_flush(cx);
-        self.write_waits = flushed.is_pending();
-        flushed
+        self.noted(flushed)
     }
 
     /// Sends what is still to be said, then the end of TLS and of the stream, then waits for the client to have taken it.
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = &mut *self;
         if this.closing.is_none() {
+            if this.owed {
+                return Poll::Ready(Ok(()));
+            }
             let farewell = this.farewell();
-            this.closing =
-                Some(Closing { farewell, tls: TlsEnd::Due, budget: LINGER_BYTES, deadline: Box::pin(tokio::time::sleep(LINGER)) });
+            let latest = Instant::now() + LINGER_IN_ALL;
+            this.closing = Some(Closing { farewell, tls: TlsEnd::Due, deadline: Box::pin(tokio::time::sleep(LINGER)), latest });
         }
         let closing = this.closing.as_mut().expect("set above");
         if closing.deadline.as_mut().poll(cx).is_ready() {
@@ -435,20 +516,35 @@ impl AsyncWrite for Guarded {
             ready!(Pin::new(&mut this.tls).poll_shutdown(cx))?;
             closing.tls = TlsEnd::Sent;
         }
-        this.socket.poll_drain(cx, &mut closing.budget).map(Ok)
+        let mut came = false;
+        let ended = this.socket.poll_drain(cx, &mut came);
+        if came && ended.is_pending() {
+            closing.deadline.as_mut().reset(closing.latest.min(Instant::now() + LINGER));
+            if closing.deadline.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(Ok(()));
+            }
+        }
+        ended.map(Ok)
     }
 }
 
 impl Guarded {
-    /// The answer to a header that never became a request; empty if there is none to give.
+    /// The answer to a header that never became a request, or to a connection that is not served; empty if there is none
+    /// to give.
     fn farewell(&self) -> Vec<u8> {
-        let Some(reason) = self.header_turn().and_then(|turn| self.refused_in(turn)) else { return Vec::new() };
+        let Some(reason) = self.refused_in(self.turn.load(Ordering::Relaxed)) else { return Vec::new() };
         let request_id = uuid::Uuid::new_v4().to_string();
         let reply = reason.reply();
         self.settings.metrics.refusal(reason);
-        self.settings.metrics.request(Protocol::Http1, Some(reply.status.as_u16()));
-        self.settings.log.say(&Entry::unparsed(&request_id, self.socket.peer(), reason));
-        reply.wire(&request_id)
+        let multiplexed = self.header_turn().is_none();
+        let (protocol, status) = if multiplexed { (Protocol::Http2, None) } else { (Protocol::Http1, Some(reply.status.as_u16())) };
+        self.settings.metrics.request(protocol, status);
+        self.settings.log.say(&Entry { protocol, status, ..Entry::unparsed(&request_id, self.socket.peer(), reason) });
+        if !multiplexed {
+            return reply.wire(&request_id);
+        }
+        let length = u8::try_from(GOAWAY_FIXED.len() + reply.word.len()).expect("a word of the table is short");
+        [&EMPTY_SETTINGS[..], &[0, 0, length, 7, 0, 0, 0, 0, 0], &GOAWAY_FIXED, reply.word.as_bytes()].concat()
     }
 }
 
@@ -492,5 +588,27 @@ impl GetProxyDigest for Guarded {
 impl GetSocketDigest for Guarded {
     fn get_socket_digest(&self) -> Option<Arc<SocketDigest>> {
         self.socket.get_socket_digest()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::net::sockopt;
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn the_kernel_watches_for_clients_that_vanish() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let _client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (tcp, peer) = listener.accept().await.unwrap();
+        let limits = EdgeLimits { vanished_deadline: Duration::from_secs(80), ..::config::Config::defaults().edge.limits };
+        let tcp = Socket::new(tcp, peer, &limits).tcp;
+        assert!(sockopt::socket_keepalive(&tcp).unwrap() && sockopt::tcp_nodelay(&tcp).unwrap());
+        assert_eq!(sockopt::tcp_user_timeout(&tcp).unwrap(), 80_000);
+        // Four unanswered probes, ten seconds apart, after forty seconds of silence.
+        let probes = (sockopt::tcp_keepidle(&tcp).unwrap(), sockopt::tcp_keepintvl(&tcp).unwrap(), sockopt::tcp_keepcnt(&tcp).unwrap());
+        assert_eq!(probes, (Duration::from_secs(40), Duration::from_secs(10), 4));
     }
 }

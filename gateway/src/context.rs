@@ -66,8 +66,10 @@ pub(crate) struct Context {
     pub first_byte: Option<AbortOnDropHandle<()>>,
     /// Takes an answer that nothing has come of for long for an open stream.
     pub watch: Option<Watch>,
-    /// Set by `first_byte` when it did so.
-    pub silent: Arc<OnceLock<()>>,
+    /// Ends the connection to the guest if the client does not go on with its body (HTTP/2).
+    pub upload: Option<Watch>,
+    /// Why `first_byte` or `upload` did so.
+    pub cut: Arc<OnceLock<Reason>>,
     /// Interim answers of the guest so far.
     pub interim: u8,
     /// What kind of stream the answer is, if it is one.
@@ -82,7 +84,7 @@ pub(crate) struct Context {
     pub client_left: bool,
 }
 
-/// Looks whether more of an answer comes.
+/// Looks whether more of a body comes.
 pub(crate) struct Watch {
     /// Body bytes so far.
     pub progress: Arc<AtomicU64>,
@@ -117,7 +119,8 @@ impl Context {
             reused: false,
             first_byte: None,
             watch: None,
-            silent: Arc::default(),
+            upload: None,
+            cut: Arc::default(),
             interim: 0,
             stream: None,
             bytes_in: 0,

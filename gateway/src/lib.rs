@@ -21,14 +21,17 @@ mod auth;
 mod config;
 mod connection;
 mod context;
+mod descriptors;
 mod drain;
 mod error;
 mod framing;
 mod headers;
+mod held;
 mod listener;
 mod meter;
 mod metrics;
 mod microvms;
+mod neighbourhood;
 mod ports;
 mod reply;
 mod route;
@@ -53,6 +56,7 @@ use tokio_util::sync::CancellationToken;
 
 pub use access_log::AccessLogTarget;
 pub use config::{GatewayConfig, Limits};
+pub use descriptors::raise_limit as raise_open_files;
 pub use error::GatewayError;
 pub use microvms::Microvms;
 pub use tls::Tls;
@@ -61,10 +65,14 @@ use crate::{
     access_log::AccessLog,
     connection::GuardSettings,
     metrics::Metrics,
+    neighbourhood::Rate,
     service::Service,
     upstream::{connector::Peers, links::Links},
 };
 
+/// What a field counts in HTTP/2's measure of a header besides its name and value (RFC 9113 §6.5.2). What is within our own
+/// limits is never refused by the parser, whose answer has no reason.
+const FIELD_OVERHEAD: usize = 32;
 /// Streams a client may make us reset before its connection is closed; a client that opens too many at once, which is
 /// no attack, stays below it.
 const RESETS: usize = 256;
@@ -118,6 +126,8 @@ impl Gateway {
             domain_suffix: config.domain_suffix,
             limits: limits.clone(),
             microvms: microvms.into(),
+            held: Arc::default(),
+            tokens: Rate::default(),
             keys,
             metrics,
             log: log.clone(),
@@ -162,7 +172,7 @@ fn proxy(service: Service) -> HttpProxy<Service> {
     proxy.server_options = Some(options);
     let mut h2 = H2Options::new();
     h2.max_concurrent_streams(limits.max_streams)
-        .max_header_list_size(u32::try_from(limits.max_header_bytes).unwrap_or(u32::MAX))
+        .max_header_list_size(u32::try_from(limits.max_header_bytes + FIELD_OVERHEAD * limits.max_header_fields).unwrap_or(u32::MAX))
         .initial_window_size(limits.stream_window)
         .initial_connection_window_size(limits.connection_window)
         .max_local_error_reset_streams(Some(RESETS));

@@ -5,12 +5,11 @@
 
 use std::{
     io,
-    net::{IpAddr, Ipv6Addr, SocketAddr},
+    net::SocketAddr,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use dashmap::DashMap;
 use pingora_core::{
     apps::ServerApp as _,
     listeners::tls::Acceptor,
@@ -21,14 +20,17 @@ use rustix::io::Errno;
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::watch,
-    task::JoinSet,
+    task::{JoinError, JoinSet},
 };
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     connection::{GuardSettings, Guarded, Socket},
+    descriptors,
     drain::{Drain, MOMENT, Traffic},
-    metrics::{Metrics, Open},
+    metrics::Open,
+    neighbourhood::{Crowd, Member},
+    reply::Reason,
     service::Service,
     tls::Tls,
 };
@@ -36,6 +38,10 @@ use crate::{
 /// After an accept that failed for want of descriptors or memory: twice as long each time, until one succeeds.
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+
+/// Connections over a limit that are told so, at a time; more are closed without a word or wait in the kernel's backlog.
+/// Each costs a handshake, so that their number bounds what those who may not come in can take from those who are.
+const TURNED_AWAY: usize = 64;
 
 /// Takes connections until `stop` fires, then drains.
 pub(crate) async fn serve(
@@ -55,27 +61,46 @@ pub(crate) async fn serve(
         drain: drain.clone(),
     };
     let mut changed = guard.limits.watch();
+    let carried = descriptors::connections();
+    let wanted = guard.limits.load().max_connections;
+    if carried < wanted {
+        tracing::warn!(wanted, carried, "the limit of open files carries fewer connections than edge.max_connections; raise it (LimitNOFILE=, ulimit -n)");
+    }
     let mut connections = JoinSet::new();
+    let mut turned_away = JoinSet::new();
     let mut pause = FIRST_PAUSE;
     loop {
-        let places = guard.limits.load().max_connections;
+        let places = guard.limits.load().max_connections.min(carried);
         let accepted = tokio::select! {
             // Stopping comes first; reaping never waits. All arms may be dropped at any await.
             biased;
             () = stop.cancelled() => break,
-            Some(_) = connections.join_next(), if !connections.is_empty() => continue,
+            Some(ended) = connections.join_next(), if !connections.is_empty() => {
+                report(&ended);
+                continue;
+            }
+            Some(ended) = turned_away.join_next(), if !turned_away.is_empty() => {
+                report(&ended);
+                continue;
+            }
             Ok(()) = changed.changed() => continue,
-            accepted = listener.accept(), if connections.len() < places => accepted,
+            accepted = listener.accept(), if connections.len() < places || turned_away.len() < TURNED_AWAY => accepted,
         };
         match accepted {
             Ok((tcp, peer)) => {
                 pause = FIRST_PAUSE;
                 let limits = guard.limits.load();
-                let Some(member) = crowd.admit(peer.ip(), limits.max_connections_per_address) else {
-                    metrics.connections_refused.inc();
-                    continue;
-                };
-                connections.spawn(connection(member).run(tcp, peer, tls.acceptor(), proxy.clone()));
+                let member = (connections.len() < places).then(|| crowd.admit(peer.ip(), limits.max_connections_per_address)).flatten();
+                drop(limits);
+                match member {
+                    Some(member) => drop(connections.spawn(connection(member).run(Accepted::new(tcp, peer, &guard), tls.acceptor(), proxy.clone()))),
+                    None => {
+                        metrics.connections_refused.inc();
+                        if turned_away.len() < TURNED_AWAY {
+                            turned_away.spawn(turn_away(Accepted::new(tcp, peer, &guard), guard.clone(), drain.clone(), tls.acceptor()));
+                        }
+                    }
+                }
             }
             Err(error) if is_shortage(&error) => {
                 metrics.accept_failures.inc();
@@ -96,12 +121,12 @@ pub(crate) async fn serve(
     if let Ok(listener) = listener.into_std() {
         let end = Instant::now() + MOMENT;
         while Instant::now() < end
-            && connections.len() < guard.limits.load().max_connections
+            && connections.len() < guard.limits.load().max_connections.min(carried)
             && let Ok((tcp, peer)) = listener.accept()
         {
             let Some(member) = crowd.admit(peer.ip(), guard.limits.load().max_connections_per_address) else { continue };
             if let Ok(tcp) = tcp.set_nonblocking(true).and_then(|()| TcpStream::from_std(tcp)) {
-                connections.spawn(connection(member).run(tcp, peer, tls.acceptor(), proxy.clone()));
+                connections.spawn(connection(member).run(Accepted::new(tcp, peer, &guard), tls.acceptor(), proxy.clone()));
             }
         }
     }
@@ -112,7 +137,7 @@ pub(crate) async fn serve(
 /// Waits for what runs: at most `grace`, and no longer than needed.
 async fn finish(mut connections: JoinSet<()>, grace: Duration) {
     let (open, begun) = (connections.len(), Instant::now());
-    let all = async { while connections.join_next().await.is_some() {} };
+    let all = async { while let Some(ended) = connections.join_next().await { report(&ended); } };
     if tokio::time::timeout(grace, all).await.is_ok() {
         tracing::info!(connections = open, took_ms = begun.elapsed().as_millis() as u64, "the edge is drained");
     } else {
@@ -121,9 +146,51 @@ async fn finish(mut connections: JoinSet<()>, grace: Duration) {
     }
 }
 
+/// A panic is a fault of ours that would otherwise show only as a connection that broke.
+fn report(ended: &Result<(), JoinError>) {
+    if let Err(error) = ended
+        && error.is_panic()
+    {
+        tracing::error!("the task of a connection panicked; the connection is closed, the others go on");
+    }
+}
+
 fn is_shortage(error: &io::Error) -> bool {
     let shortages = [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM];
     error.raw_os_error().is_some_and(|code| shortages.iter().any(|errno| errno.raw_os_error() == code))
+}
+
+/// A connection before its TLS handshake.
+struct Accepted {
+    socket: Socket,
+    peer: SocketAddr,
+    deadline: Duration,
+}
+
+impl Accepted {
+    fn new(tcp: TcpStream, peer: SocketAddr, guard: &GuardSettings) -> Self {
+        let limits = guard.limits.load();
+        Self { socket: Socket::new(tcp, peer, &limits), peer, deadline: limits.handshake_deadline }
+    }
+
+    async fn handshake(self, guard: &GuardSettings, drain: &Drain, acceptor: &Acceptor) -> Option<(TlsStream<Socket>, Socket)> {
+        let left_behind = async {
+            drain.begins().await;
+            tokio::time::sleep(MOMENT).await;
+        };
+        let failure = tokio::select! {
+            biased;
+            shaken = acceptor.tls_handshake(self.socket.clone()) => match shaken {
+                Ok(tls) => return Some((tls, self.socket)),
+                Err(error) => error.to_string(),
+            },
+            () = tokio::time::sleep(self.deadline) => "took too long".to_owned(),
+            () = left_behind => "was not done when the gateway drained".to_owned(),
+        };
+        guard.metrics.tls_failures.inc();
+        tracing::debug!(client.address = %self.peer, why = failure, "a TLS handshake failed");
+        None
+    }
 }
 
 /// One client's connection: what it occupies until its end.
@@ -135,23 +202,12 @@ struct Connection {
 }
 
 impl Connection {
-    async fn run(self, tcp: TcpStream, peer: SocketAddr, acceptor: Arc<Acceptor>, proxy: Arc<HttpProxy<Service>>) {
-        let _ = tcp.set_nodelay(true);
-        let socket = Socket::new(tcp, peer);
-        let deadline = self.guard.limits.load().handshake_deadline;
-        let left_behind = async {
-            self.drain.begins().await;
-            tokio::time::sleep(MOMENT).await;
-        };
-        let shaken = tokio::select! {
-            biased;
-            shaken = acceptor.tls_handshake(socket.clone()) => shaken,
-            () = tokio::time::sleep(deadline) => return self.failed(peer, "took too long"),
-            () = left_behind => return self.failed(peer, "was not done when the gateway drained"),
-        };
-        match shaken {
-            Ok(tls) => self.serve(tls, socket, proxy).await,
-            Err(error) => self.failed(peer, &error.to_string()),
+    async fn run(self, tcp: Accepted, acceptor: Arc<Acceptor>, proxy: Arc<HttpProxy<Service>>) {
+        // Boxed: what a handshake needs is freed before the connection's long life begins.
+        let shaken = Box::pin(tcp.handshake(&self.guard, &self.drain, &acceptor)).await;
+        drop(acceptor);
+        if let Some((tls, socket)) = shaken {
+            self.serve(tls, socket, proxy).await;
         }
     }
 
@@ -192,83 +248,18 @@ impl Connection {
             tokio::time::sleep(keepalive - idle).await;
         }
     }
-
-    fn failed(&self, peer: SocketAddr, why: &str) {
-        self.metrics().tls_failures.inc();
-        tracing::debug!(client.address = %peer, why, "a TLS handshake failed");
-    }
-
-    fn metrics(&self) -> &Metrics {
-        &self.guard.metrics
-    }
 }
 
-/// How many connections each address has.
-#[derive(Default)]
-struct Crowd {
-    members: DashMap<IpAddr, usize>,
-}
-
-/// A place of an address in the crowd; given back by its drop.
-struct Member {
-    crowd: Arc<Crowd>,
-    address: IpAddr,
-}
-
-impl Crowd {
-    fn admit(self: &Arc<Self>, address: IpAddr, limit: usize) -> Option<Member> {
-        let address = neighbourhood(address);
-        let mut count = self.members.entry(address).or_insert(0);
-        if *count >= limit {
-            return None;
-        }
-        *count += 1;
-        drop(count);
-        Some(Member { crowd: self.clone(), address })
-    }
-}
-
-impl Drop for Member {
-    fn drop(&mut self) {
-        let left = self.crowd.members.get_mut(&self.address).map(|mut count| {
-            *count -= 1;
-            *count
-        });
-        if left == Some(0) {
-            self.crowd.members.remove_if(&self.address, |_, count| *count == 0);
-        }
-    }
-}
-
-/// One subscriber of IPv6 has at least a /64.
-fn neighbourhood(address: IpAddr) -> IpAddr {
-    match address.to_canonical() {
-        IpAddr::V4(address) => address.into(),
-        IpAddr::V6(address) => {
-            let [a, b, c, d, ..] = address.segments();
-            Ipv6Addr::new(a, b, c, d, 0, 0, 0, 0).into()
-        }
+/// Says why to a connection that has no place.
+async fn turn_away(tcp: Accepted, guard: GuardSettings, drain: Drain, acceptor: Arc<Acceptor>) {
+    if let Some((tls, socket)) = tcp.handshake(&guard, &drain, &acceptor).await {
+        Guarded::new(tls, socket, guard, Traffic::new()).turn_away(Reason::TooManyConnections).await;
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn an_address_has_as_many_places_as_the_limit_and_leaves_no_trace() {
-        let crowd = Arc::new(Crowd::default());
-        let [a, near_a, b]: [IpAddr; 3] = ["2001:db8::1", "2001:db8::2", "127.0.0.1"].map(|text| text.parse().unwrap());
-        let first = crowd.admit(a, 2);
-        let second = crowd.admit(near_a, 2);
-        assert!(first.is_some() && second.is_some());
-        assert!(crowd.admit(a, 2).is_none());
-        assert!(crowd.admit(b, 2).is_some());
-        drop(first);
-        assert!(crowd.admit(a, 2).is_some());
-        drop(second);
-        assert!(crowd.members.is_empty());
-    }
 
     #[test]
     fn a_shortage_is_not_a_lost_client() {

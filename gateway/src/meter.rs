@@ -30,6 +30,11 @@ impl HeaderMeter {
         self.bytes > 0
     }
 
+    /// Whether all of it has come.
+    pub fn has_ended(&self) -> bool {
+        self.ended
+    }
+
     /// Takes the next bytes; why the header is refused, once it is. What follows the header does not count.
     pub fn feed(&mut self, mut bytes: &[u8]) -> Result<(), Reason> {
         while !self.ended && !bytes.is_empty() {

@@ -31,6 +31,8 @@ pub(crate) enum Reason {
     TokenExpired,
     /// A token of ours from the future.
     TokenNotYetValid,
+    /// More tokens a second from one address than are opened.
+    TooManyTokens,
     /// A good token, for another microVM than the one the host names (or the host names none).
     TokenForeign,
     /// A shell token where the app was asked for.
@@ -49,6 +51,8 @@ pub(crate) enum Reason {
     WakeTimeout,
     /// Too many wait for this microVM.
     TooManyWaiting,
+    /// The requests that wait for wakes, or those for this microVM, occupy as much memory as they may.
+    TooManyHeldBytes,
     /// Nobody listens on the port in the guest.
     PortNotListening,
     /// The guest did not open the port in time.
@@ -75,8 +79,12 @@ pub(crate) enum Reason {
     HeaderTooLarge,
     /// The request's body is larger than configured.
     BodyTooLarge,
+    /// The client did not end its header in time.
+    HeaderTimeout,
     /// The client did not go on with its body.
     BodyTimeout,
+    /// There is no place for the connection, or none more for its address.
+    TooManyConnections,
     /// Our own fault.
     Internal,
 }
@@ -100,6 +108,7 @@ const PERMISSION_DENIED: u8 = 7;
 const UNAVAILABLE: u8 = 14;
 const INVALID_ARGUMENT: u8 = 3;
 const INTERNAL: u8 = 13;
+const RESOURCE_EXHAUSTED: u8 = 8;
 
 const MISSING: &str = "Request missing authentication";
 const FAILED: &str = "Token authentication failed";
@@ -107,7 +116,7 @@ const PORT: &str = "Access to port denied";
 
 impl Reason {
     /// Every reason, in the order of the table; a reason's place in it is its place in the metrics.
-    pub const ALL: [Self; 31] = [
+    pub const ALL: [Self; 35] = [
         Self::TokenMissing,
         Self::TokenUnreadable,
         Self::TokenAmbiguous,
@@ -115,6 +124,7 @@ impl Reason {
         Self::TokenRefused,
         Self::TokenExpired,
         Self::TokenNotYetValid,
+        Self::TooManyTokens,
         Self::TokenForeign,
         Self::ShellToken,
         Self::PortMalformed,
@@ -124,6 +134,7 @@ impl Reason {
         Self::WakeFailed,
         Self::WakeTimeout,
         Self::TooManyWaiting,
+        Self::TooManyHeldBytes,
         Self::PortNotListening,
         Self::GuestTimeout,
         Self::GuestSilent,
@@ -137,7 +148,9 @@ impl Reason {
         Self::MethodNotAllowed,
         Self::HeaderTooLarge,
         Self::BodyTooLarge,
+        Self::HeaderTimeout,
         Self::BodyTimeout,
+        Self::TooManyConnections,
         Self::Internal,
     ];
 
@@ -151,6 +164,7 @@ impl Reason {
             Self::TokenRefused => (403, FAILED, "token-refused", PERMISSION_DENIED),
             Self::TokenExpired => (403, FAILED, "token-expired", PERMISSION_DENIED),
             Self::TokenNotYetValid => (403, FAILED, "token-not-yet-valid", PERMISSION_DENIED),
+            Self::TooManyTokens => (429, "Too many tokens", "too-many-tokens", RESOURCE_EXHAUSTED),
             Self::TokenForeign => (403, FAILED, "token-not-for-this-host", PERMISSION_DENIED),
             Self::ShellToken => (502, "", "shell-token", UNAVAILABLE),
             Self::PortMalformed => (400, "Malformed port", "port-malformed", INVALID_ARGUMENT),
@@ -160,6 +174,7 @@ impl Reason {
             Self::WakeFailed => (502, "", "wake-failed", UNAVAILABLE),
             Self::WakeTimeout => (502, "", "wake-timeout", UNAVAILABLE),
             Self::TooManyWaiting => (503, "", "too-many-waiting", UNAVAILABLE),
+            Self::TooManyHeldBytes => (503, "", "too-many-held-bytes", UNAVAILABLE),
             Self::PortNotListening => (502, "", "port-not-listening", UNAVAILABLE),
             Self::GuestTimeout => (502, "", "guest-timeout", UNAVAILABLE),
             Self::GuestSilent => (504, "", "guest-silent", UNAVAILABLE),
@@ -173,7 +188,9 @@ impl Reason {
             Self::MethodNotAllowed => (405, "Method not allowed", "method-not-allowed", INVALID_ARGUMENT),
             Self::HeaderTooLarge => (431, "Request header too large", "header-too-large", INVALID_ARGUMENT),
             Self::BodyTooLarge => (413, "Request body too large", "body-too-large", INVALID_ARGUMENT),
+            Self::HeaderTimeout => (408, "Request header timed out", "header-timeout", INVALID_ARGUMENT),
             Self::BodyTimeout => (408, "Request body timed out", "body-timeout", INVALID_ARGUMENT),
+            Self::TooManyConnections => (503, "", "too-many-connections", UNAVAILABLE),
             Self::Internal => (500, "Internal failure", "internal", INTERNAL),
         };
         Reply {
@@ -181,7 +198,7 @@ impl Reason {
             body,
             word,
             grpc_status,
-            retry_after: self == Self::TooManyWaiting,
+            retry_after: matches!(self, Self::TooManyWaiting | Self::TooManyHeldBytes | Self::TooManyTokens | Self::TooManyConnections),
         }
     }
 

@@ -8,7 +8,7 @@ use std::{
     future::poll_fn,
     net::Ipv4Addr,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicU64, Ordering},
     },
     task::Poll,
@@ -42,12 +42,14 @@ use crate::{
     drain::{STREAM_SILENCE, Traffic},
     framing,
     headers::{self, AnswerKind},
+    held::{self, Ledger},
     metrics::{HoldEnd, Metrics, Protocol, RetryCause, StreamKind},
+    neighbourhood::Rate,
     reply::{Asker, Reason},
     route::Route,
     upstream::{
         connector::{DialFailure, FailureSlot, Peers, TunnelSlot},
-        links::{Speaks, Target},
+        links::{Link, Speaks, Target},
         transport::Transport,
         tunnel::{self, Way},
     },
@@ -61,6 +63,8 @@ const MAX_FOUND_ASLEEP: u8 = 3;
 const MAX_INTERIM: u8 = 16;
 /// Fields of a guest's answer. An app sets a few dozen; pingora's own limit for HTTP/1.1 is 256, and for HTTP/2 there is none.
 const MAX_ANSWER_FIELDS: usize = 200;
+/// How often within the deadline for a body's next bytes it is looked whether some came.
+const UPLOAD_LOOKS: u32 = 4;
 /// The body of a refused request is read and thrown away up to this size and time, so that its connection can go on.
 const MAX_SWALLOWED: usize = 64 * 1024;
 const SWALLOW_TIME: Duration = Duration::from_secs(2);
@@ -71,6 +75,10 @@ pub(crate) struct Service {
     pub domain_suffix: String,
     /// The limits in force.
     pub limits: Limits,
+    /// What the requests occupy that wait for wakes.
+    pub held: Arc<Ledger>,
+    /// Tokens a second, by address.
+    pub tokens: Rate,
     /// The microVMs.
     pub microvms: Microvms,
     /// Opens tokens.
@@ -98,11 +106,16 @@ impl Service {
     }
 
     /// Everything that is decided before any state is touched.
-    fn permit(&self, request: &RequestHeader, handshake: Option<&Handshake>) -> Result<Permit, Reason> {
+    fn permit(&self, session: &Session, handshake: Option<&Handshake>) -> Result<Permit, Reason> {
+        let request = session.req_header();
+        let may_open = || match (self.limits.load().max_tokens_per_second, session.client_addr()) {
+            (Some(rate), Some(SocketAddr::Inet(client))) => self.tokens.take(client.ip(), rate, Instant::now()),
+            _ => true,
+        };
         let controller = self.microvms.get().ok_or(Reason::Internal)?;
         let route = Route::of(&request.uri, &request.headers, &self.domain_suffix);
         let timer = self.metrics.token_open_seconds.start_timer();
-        let permit = Permit::check(&self.keys, controller, route, &request.headers, handshake, SystemClock.wall());
+        let permit = Permit::check(&self.keys, controller, route, &request.headers, handshake, SystemClock.wall(), may_open);
         timer.observe_duration();
         permit
     }
@@ -138,7 +151,15 @@ impl Service {
     /// Waits for the microVM and keeps its hold in the context.
     async fn wake(&self, session: &mut Session, ctx: &mut Context) -> Result<(), NotAwake> {
         let permit = ctx.permit.as_ref().ok_or(NotAwake::Refused(Reason::Internal))?;
-        let awake = match wake::held(permit, ctx.hold_until, client_left(session)).await {
+        let left = async {
+            let limits = self.limits.load_full();
+            let Some(_held) = self.held.enter(permit.microvm().id(), held::weight(session, &limits), &limits) else {
+                return NotAwake::Refused(Reason::TooManyHeldBytes);
+            };
+            client_left(session).await;
+            NotAwake::ClientLeft
+        };
+        let awake = match wake::held(permit, ctx.hold_until, left).await {
             Ok(awake) => awake,
             Err((why, report)) => {
                 // One who was refused at once was not held.
@@ -195,8 +216,8 @@ impl Service {
         if let Some(reason) = ctx.reason {
             return Some(reason);
         }
-        if ctx.silent.get().is_some() {
-            return Some(Reason::GuestSilent);
+        if let Some(reason) = ctx.cut.get() {
+            return Some(*reason);
         }
         match (error.esource(), error.etype()) {
             (ErrorSource::Downstream, ErrorType::ReadTimedout) => Some(Reason::BodyTimeout),
@@ -288,6 +309,33 @@ impl Service {
         }
     }
 
+    /// Does for an upload over HTTP/2 what a read timeout does over HTTP/1.1: pingora has none for a stream. `link`: the
+    /// connection to the guest, where it is this request's alone. One that carries other requests too is not cut; there
+    /// the microVM is no longer kept awake, as for any other silent stream.
+    fn watch_upload(&self, awake: Arc<Awake>, link: Option<Arc<Link>>, cut: Arc<OnceLock<Reason>>) -> Watch {
+        let progress = Arc::new(AtomicU64::new(0));
+        let (watched, deadline) = (progress.clone(), self.limits.load().body_deadline);
+        let task = self.peers.links().watch(async move {
+            let (mut seen, mut silent) = (0, 0);
+            while silent < UPLOAD_LOOKS {
+                tokio::time::sleep(deadline / UPLOAD_LOOKS).await;
+                let now = watched.load(Ordering::Relaxed);
+                // A guest that does not read keeps its client from sending.
+                let waits_for_guest = link.as_ref().is_some_and(|link| link.is_full());
+                silent = if now == seen && !waits_for_guest { silent + 1 } else { 0 };
+                seen = now;
+            }
+            match link {
+                Some(link) => {
+                    let _ = cut.set(Reason::BodyTimeout);
+                    link.cut();
+                }
+                None => awake.streaming(),
+            }
+        });
+        Watch { progress, _task: AbortOnDropHandle::new(task) }
+    }
+
     fn fail(ctx: &mut Context, reason: Reason) -> Box<Error> {
         ctx.reason = Some(reason);
         Error::explain(ErrorType::HTTPStatus(reason.reply().status.as_u16()), reason.reply().word)
@@ -363,7 +411,7 @@ impl ProxyHttp for Service {
         }
         let request = session.req_header();
         let permit = self
-            .permit(request, ctx.handshake.as_ref())
+            .permit(session, ctx.handshake.as_ref())
             .and_then(|permit| self.check_body(&request.headers).map(|()| permit));
         match permit {
             Ok(permit) => ctx.permit = Some(permit),
@@ -448,7 +496,7 @@ impl ProxyHttp for Service {
 
     async fn connected_to_upstream(
         &self,
-        _session: &mut Session,
+        session: &mut Session,
         reused: bool,
         _peer: &HttpPeer,
         descriptor: std::os::fd::RawFd,
@@ -477,11 +525,18 @@ impl ProxyHttp for Service {
         };
         ctx.link = Some(taken);
         // A connection of HTTP/2 carries other requests too, and is not cut for one of them.
+        let own = (wanted.speaks == Speaks::Http1).then(|| link.clone());
+        if let Some(awake) = &ctx.awake
+            && session.is_http2()
+            && !session.as_downstream_mut().is_body_done()
+        {
+            ctx.upload = Some(self.watch_upload(awake.clone(), own, ctx.cut.clone()));
+        }
         if let (Some(limit), Speaks::Http1) = (self.limits.load().first_byte_deadline, wanted.speaks) {
-            let silent = ctx.silent.clone();
+            let cut = ctx.cut.clone();
             ctx.first_byte = Some(AbortOnDropHandle::new(links.watch(async move {
                 tokio::time::sleep(limit).await;
-                let _ = silent.set(());
+                let _ = cut.set(Reason::GuestSilent);
                 link.cut();
             })));
         }
@@ -527,8 +582,14 @@ impl ProxyHttp for Service {
         ctx: &mut Context,
     ) -> Result<()> {
         let length = body.as_ref().map_or(0, Bytes::len);
+        if end_of_stream {
+            ctx.upload = None;
+        }
         if length > 0 {
             ctx.bytes_in += length as u64;
+            if let Some(upload) = &ctx.upload {
+                upload.progress.store(ctx.bytes_in, Ordering::Relaxed);
+            }
             self.metrics.bytes_in.inc_by(length as u64);
             ctx.touch();
             if !session.was_upgraded() && self.limits.load().max_body_bytes.is_some_and(|limit| ctx.bytes_in > limit) {
@@ -643,6 +704,7 @@ impl ProxyHttp for Service {
             tracing::debug!(request.id = ctx.request_id, error = error.etype().as_str(), side = error.esource().as_str(), "a request failed");
         }
         // An answer that has begun is cut short by the close, which its client can see.
+        ctx.awake = None;
         if !begun && self.refuse(session, ctx, reason, Afterwards::Close).await.is_ok() && !session.is_http2() {
             session.as_downstream_mut().shutdown().await;
         }
@@ -683,6 +745,8 @@ impl ProxyHttp for Service {
         if let Some(connection) = Guarded::of(session) {
             connection.end_request();
         }
+        // What is left to do is between the client and us: it may take a while to look up from its upload.
+        ctx.awake = None;
     }
 
     /// The access log says it once, without the path and host that pingora's own line would show.

@@ -15,9 +15,9 @@ pub(crate) enum NotAwake {
     ClientLeft,
 }
 
-/// Waits for the microVM until `deadline`, or until `left` says that the client is gone. `left` is not polled where the
-/// microVM is awake already. A wait in vain is reported as far as it is known.
-pub(crate) async fn held(permit: &Permit, deadline: Instant, left: impl Future<Output = ()>) -> Result<Awake, (NotAwake, WakeReport)> {
+/// Waits for the microVM until `deadline`, or until `left` says that the client is gone or may not wait. `left` is not
+/// polled where the microVM is awake already. A wait in vain is reported as far as it is known.
+pub(crate) async fn held(permit: &Permit, deadline: Instant, left: impl Future<Output = NotAwake>) -> Result<Awake, (NotAwake, WakeReport)> {
     let began = Instant::now();
     tokio::select! {
         // In this order: a microVM that is awake costs no watch of the client. Either arm may be dropped at any await.
@@ -25,7 +25,7 @@ pub(crate) async fn held(permit: &Permit, deadline: Instant, left: impl Future<O
         awake = permit.microvm().awake_or_why(deadline) => {
             awake.map_err(|Unwoken { refused, report }| (NotAwake::Refused(reason(&refused)), report))
         }
-        () = left => Err((NotAwake::ClientLeft, WakeReport { waited: began.elapsed(), phases: Vec::new() })),
+        not_awake = left => Err((not_awake, WakeReport { waited: began.elapsed(), phases: Vec::new() })),
     }
 }
 

@@ -27,7 +27,8 @@ impl Permit {
         self.port
     }
 
-    /// Checks a request. Touches nothing: neither a wake nor the idle clock.
+    /// Checks a request. Touches nothing: neither a wake nor the idle clock. `may_open` is asked once, before a token is
+    /// opened.
     pub fn check(
         keys: &KeyRing,
         controller: &Controller,
@@ -35,9 +36,13 @@ impl Permit {
         headers: &HeaderMap,
         handshake: Option<&Handshake>,
         now: SystemTime,
+        may_open: impl FnOnce() -> bool,
     ) -> Result<Self, Reason> {
         let offer = handshake.map(|handshake| &handshake.offer);
         let token = extract::token(headers, offer)?;
+        if !may_open() {
+            return Err(Reason::TooManyTokens);
+        }
         let claims = keys.open(token, now).map_err(reason)?;
         // An unknown host and a token of another microVM are the same answer from here on.
         let microvm = route.endpoint().and_then(|endpoint| controller.route(endpoint));

@@ -74,6 +74,8 @@ struct State {
     /// Who waits in pingora, to be woken by a cut.
     reader: Option<Waker>,
     writer: Option<Waker>,
+    /// Whether there are bytes for the guest that it does not take.
+    full: bool,
     /// Counts the requests that have used it.
     uses: u64,
     /// Since when no request uses it. While it is set nobody polls but the sweep.
@@ -95,6 +97,11 @@ impl Link {
             finish(&mut guest);
         }
         wakers.into_iter().flatten().for_each(Waker::wake);
+    }
+
+    /// Whether there are bytes for the guest that it does not take.
+    pub fn is_full(&self) -> bool {
+        self.state().full
     }
 
     /// Takes it for one request; `None` if it has just been cut.
@@ -182,7 +189,7 @@ impl Links {
 
     /// Makes a guest stream one that pingora can keep. Dropping it closes the guest's end.
     pub fn tie(self: &Arc<Self>, target: Target, guest: GuestStream) -> Tied {
-        let state = State { guest: Some((guest, self.count_open())), reader: None, writer: None, uses: 0, idle_since: None };
+        let state = State { guest: Some((guest, self.count_open())), reader: None, writer: None, full: false, uses: 0, idle_since: None };
         let link = Arc::new(Link { target, state: Mutex::new(state) });
         let number = self.number(&link);
         if self.ended.is_cancelled() {
@@ -274,6 +281,7 @@ impl Tied {
         let mut state = self.link.state();
         let Some((guest, _)) = &mut state.guest else { return Poll::Ready(Err(cut())) };
         let written = poll(Pin::new(guest), cx);
+        state.full = written.is_pending();
         if written.is_pending() {
             keep(&mut state.writer, cx);
         }

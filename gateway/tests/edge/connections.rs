@@ -102,30 +102,6 @@ async fn a_kept_connection_has_the_whole_header_deadline_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_address_has_its_limit_and_the_others_wait_their_turn() {
-    let rig = Rig::with(|config| config.max_connections_per_address = 2).await;
-    let _first = rig.h1().await;
-    let second = rig.h1().await;
-    until("both to be counted", || rig.metric("edge_connections", &[]) == 2.0).await;
-    closed(&mut TcpStream::connect(rig.address).await.unwrap()).await;
-    assert_eq!(rig.metric("edge_connections_refused_total", &[]), 1.0);
-    drop(second);
-    until("one to be gone", || rig.metric("edge_connections", &[]) == 1.0).await;
-    assert_eq!(rig.h1().await.send(get("x", "/", &[])).await.status, 403);
-
-    let rig = Rig::with(|config| config.max_connections = 1).await;
-    let first = rig.h1().await;
-    let waiting = tokio::spawn({
-        let address = rig.address;
-        async move { TcpStream::connect(address).await }
-    });
-    let _waiting = within("the kernel to take it", waiting).await.unwrap().unwrap();
-    assert_eq!(rig.metric("edge_connections", &[]), 1.0);
-    drop(first);
-    until("the next one to be taken", || rig.metric("edge_connections", &[]) == 1.0).await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn a_drain_finishes_what_runs_and_takes_no_longer() {
     let mut rig = Rig::with(|config| config.grace = Duration::from_secs(60)).await;
     let (app, address) = App::start().await;

@@ -19,7 +19,10 @@ use idle_controller::{Controller, ControllerConfig, MicrovmHandle, RunSpec};
 use model::{IdlePolicy, ImageVersion, MicrovmState, Port, PortScope, SystemClock};
 use rustls_pki_types::ServerName;
 use token::{Claims, KeyRing};
-use tokio::{net::TcpStream, task::JoinHandle};
+use tokio::{
+    net::{TcpSocket, TcpStream},
+    task::JoinHandle,
+};
 use tokio_rustls::{TlsConnector, client::TlsStream};
 use tokio_util::sync::CancellationToken;
 use vmm_runtime::{engine::Engine, loopback::LoopbackEngine};
@@ -172,8 +175,18 @@ impl Rig {
     }
 
     pub async fn tls_as(&self, name: &'static str, alpn: &[&str]) -> TlsStream<TcpStream> {
-        let tcp = TcpStream::connect(self.address).await.unwrap();
-        self.tls_over(tcp, name, alpn).await
+        self.tls_over(TcpStream::connect(self.address).await.unwrap(), name, alpn).await
+    }
+
+    /// A connection from this address of the loopback network: another client.
+    pub async fn tcp_from(&self, source: &str) -> TcpStream {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind(SocketAddr::new(source.parse().unwrap(), 0)).unwrap();
+        socket.connect(self.address).await.unwrap()
+    }
+
+    pub async fn h1_from(&self, source: &str) -> H1 {
+        H1::over(self.tls_over(self.tcp_from(source).await, "anything.microvm.localhost", &["http/1.1"]).await).await
     }
 
     pub async fn tls_over(&self, tcp: TcpStream, name: &'static str, alpn: &[&str]) -> TlsStream<TcpStream> {
@@ -184,9 +197,7 @@ impl Rig {
     }
 
     pub async fn h1(&self) -> H1 {
-        let (send, connection) = hyper::client::conn::http1::handshake(TokioIo::new(self.tls(&["http/1.1"]).await)).await.unwrap();
-        tokio::spawn(connection.with_upgrades());
-        H1(send)
+        H1::over(self.tls(&["http/1.1"]).await).await
     }
 
     pub async fn h2(&self) -> H2 {
@@ -307,6 +318,12 @@ impl Answer {
 }
 
 impl H1 {
+    async fn over(tls: TlsStream<TcpStream>) -> Self {
+        let (send, connection) = hyper::client::conn::http1::handshake(TokioIo::new(tls)).await.unwrap();
+        tokio::spawn(connection.with_upgrades());
+        Self(send)
+    }
+
     pub async fn send(&mut self, request: Request<Body>) -> Answer {
         within("the connection to be ready", self.0.ready()).await.unwrap();
         Answer::read(within("the answer", self.0.send_request(request)).await.unwrap()).await
