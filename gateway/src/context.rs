@@ -16,6 +16,7 @@ use crate::{
     upstream::{
         connector::{FailureSlot, TunnelSlot},
         links::{Speaks, Target, Use},
+        turns::Turn,
     },
     websocket::Handshake,
 };
@@ -54,6 +55,8 @@ pub(crate) struct Context {
     pub speaks: Speaks,
     /// Where the request goes, and what is spoken there.
     pub target: Option<Target>,
+    /// Its turn to open a connection of HTTP/2.
+    pub turn: Option<Turn>,
     /// Where the connector leaves why it failed.
     pub dial_failure: FailureSlot,
     /// Where the connector leaves its end of a WebSocket's stream.
@@ -113,6 +116,7 @@ impl Context {
             found_asleep: 0,
             speaks: Speaks::Http1,
             target: None,
+            turn: None,
             dial_failure: FailureSlot::default(),
             tunnel: TunnelSlot::default(),
             link: None,

@@ -1,7 +1,10 @@
 //! Rules for a request beyond what its parser enforces: one reading of where its body ends, a bounded header, no tunnels.
 
 use ::config::EdgeLimits;
-use http::{HeaderMap, Method, Version, header};
+use http::{
+    HeaderMap, Method, Uri, Version, header,
+    uri::Scheme,
+};
 
 use crate::reply::Reason;
 
@@ -23,13 +26,17 @@ impl HeaderLimits {
 
 /// Checks a parsed request. `raw` is its header as it came (HTTP/1.1; empty for HTTP/2), because the parser has already
 /// taken Content-Length away where Transfer-Encoding was also there.
-pub(crate) fn check(method: &Method, version: Version, headers: &HeaderMap, raw: &[u8], limits: HeaderLimits) -> Result<(), Reason> {
+pub(crate) fn check(method: &Method, uri: &Uri, version: Version, headers: &HeaderMap, raw: &[u8], limits: HeaderLimits) -> Result<(), Reason> {
     // CONNECT would be a tunnel past every rule here, and TRACE would show the app's view of reserved fields.
     if method == Method::CONNECT || method == Method::TRACE {
         return Err(Reason::MethodNotAllowed);
     }
     if headers.len() > limits.fields || crate::headers::bytes(headers) > limits.bytes || raw.len() > limits.bytes {
         return Err(Reason::HeaderTooLarge);
+    }
+    // HTTP/1.1 has no place for another scheme, and would make it ours.
+    if version == Version::HTTP_2 && uri.scheme().is_some_and(|scheme| *scheme != Scheme::HTTP && *scheme != Scheme::HTTPS) {
+        return Err(Reason::MalformedRequest);
     }
     // pingora takes a bare LF for the end of a line, and what stands before us or behind us may not (RFC 9112 §2.2 leaves
     // it open). What comes in two readings is refused.
@@ -103,7 +110,7 @@ mod tests {
         for (name, value) in fields {
             headers.append(HeaderName::try_from(*name).unwrap(), HeaderValue::from_str(value).unwrap());
         }
-        check(&method, Version::HTTP_11, &headers, raw.as_bytes(), LIMITS)
+        check(&method, &Uri::from_static("/"), Version::HTTP_11, &headers, raw.as_bytes(), LIMITS)
     }
 
     #[test]
@@ -146,7 +153,7 @@ mod tests {
 
     #[test]
     fn http_1_1_needs_a_host() {
-        let verdict = |version| check(&Method::GET, version, &HeaderMap::new(), b"", LIMITS);
+        let verdict = |version| check(&Method::GET, &Uri::from_static("/"), version, &HeaderMap::new(), b"", LIMITS);
         assert_eq!(verdict(Version::HTTP_11), Err(Reason::MalformedRequest));
         assert_eq!(verdict(Version::HTTP_10), Ok(()));
         assert_eq!(verdict(Version::HTTP_2), Ok(()));

@@ -172,7 +172,9 @@ fn proxy(service: Service) -> HttpProxy<Service> {
     proxy.server_options = Some(options);
     let mut h2 = H2Options::new();
     h2.max_concurrent_streams(limits.max_streams)
-        .max_header_list_size(u32::try_from(limits.max_header_bytes + FIELD_OVERHEAD * limits.max_header_fields).unwrap_or(u32::MAX))
+        // Twice ours, and what h2 counts for each field: what is too large for us and not for h2 is refused by us, with a reason
+        // and a line in the log. h2 refuses by itself what is larger, with a bare 431.
+        .max_header_list_size(u32::try_from(2 * limits.max_header_bytes + FIELD_OVERHEAD * limits.max_header_fields).unwrap_or(u32::MAX))
         .initial_window_size(limits.stream_window)
         .initial_connection_window_size(limits.connection_window)
         .max_local_error_reset_streams(Some(RESETS));

@@ -219,6 +219,9 @@ impl Service {
         if let Some(reason) = ctx.cut.get() {
             return Some(*reason);
         }
+        if ctx.link.as_ref().is_some_and(|link| link.is_oversized()) {
+            return Some(Reason::GuestHeaderTooLarge);
+        }
         match (error.esource(), error.etype()) {
             (ErrorSource::Downstream, ErrorType::ReadTimedout) => Some(Reason::BodyTimeout),
             (ErrorSource::Downstream, ErrorType::InvalidHTTPHeader) => Some(Reason::MalformedRequest),
@@ -306,6 +309,7 @@ impl Service {
             }
             DialFailure::Asleep => ctx.reason = Some(Reason::WakeFailed),
             DialFailure::Final(reason) => ctx.reason = Some(reason),
+            DialFailure::ClientLeft => ctx.client_left = true,
         }
     }
 
@@ -393,7 +397,7 @@ impl ProxyHttp for Service {
     async fn request_filter(&self, session: &mut Session, ctx: &mut Context) -> Result<bool> {
         let raw = if session.is_http2() { Bytes::new() } else { session.to_h1_raw() };
         let request = session.req_header();
-        let framed = framing::check(&request.method, request.version, &request.headers, &raw, self.header_limits());
+        let framed = framing::check(&request.method, &request.uri, request.version, &request.headers, &raw, self.header_limits());
         if let Some(reason) = ctx.malformed.or(framed.err()) {
             self.refuse(session, ctx, reason, Afterwards::Close).await?;
             return Ok(true);
@@ -448,18 +452,31 @@ impl ProxyHttp for Service {
             return Err(Self::fail(ctx, Reason::Internal));
         };
         ctx.dial_failure = FailureSlot::default();
+        ctx.turn = None;
         ctx.tunnel = TunnelSlot::default();
         // What is counted of one try does not count for the next.
         ctx.bytes_in = 0;
         ctx.interim = 0;
-        let (microvm, port) = (permit.microvm(), permit.port());
-        let name = || self.name_inside(session.req_header());
-        let transport = match self.peers.transports().of(microvm, awake, port, name).await {
-            Ok(transport) => transport,
-            Err(failure) => {
-                let mut error = Error::new_up(ErrorType::ConnectError);
-                self.give_up_or_retry(ctx, failure, &mut error);
-                return Err(error);
+        let (microvm, port) = (permit.microvm().clone(), permit.port());
+        let awake = awake.clone();
+        let transport = match self.peers.transports().known(microvm.id(), port) {
+            Some(transport) => transport,
+            None => {
+                let name = self.name_inside(session.req_header());
+                let found = tokio::select! {
+                    // In this order: an answer that is there costs no watch. Either arm may be dropped at any await.
+                    biased;
+                    found = self.peers.transports().of(&microvm, &awake, port, || name) => found,
+                    () = client_left(session) => Err(DialFailure::ClientLeft),
+                };
+                match found {
+                    Ok(transport) => transport,
+                    Err(failure) => {
+                        let mut error = Error::new_up(ErrorType::ConnectError);
+                        self.give_up_or_retry(ctx, failure, &mut error);
+                        return Err(error);
+                    }
+                }
             }
         };
         let speaks = match (ctx.speaks, transport) {
@@ -468,13 +485,24 @@ impl ProxyHttp for Service {
             (speaks, _) => speaks,
         };
         let target = Target { microvm: microvm.id(), port, generation: awake.generation(), speaks, transport };
-        let name = (transport != Transport::Plain).then(name);
-        let peer = self.peers.peer(target, name, awake, &ctx.dial_failure, &ctx.tunnel).map(Box::new);
         ctx.target = Some(target);
-        peer
+        if speaks == Speaks::Http2 {
+            ctx.turn = tokio::select! {
+                biased;
+                turn = self.peers.turns().take(target) => Some(turn),
+                () = client_left(session) => {
+                    ctx.client_left = true;
+                    return Err(Error::new_down(ErrorType::ConnectionClosed));
+                }
+            };
+        }
+        let name = (transport != Transport::Plain).then(|| self.name_inside(session.req_header()));
+        let client = Guarded::of(session).map(Guarded::socket);
+        self.peers.peer(target, name, &awake, client, &ctx.dial_failure, &ctx.tunnel).map(Box::new)
     }
 
     fn fail_to_connect(&self, _session: &mut Session, _peer: &HttpPeer, ctx: &mut Context, mut error: Box<Error>) -> Box<Error> {
+        ctx.turn = None;
         if let Some(failure) = ctx.dial_failure.get().copied() {
             self.give_up_or_retry(ctx, failure, &mut error);
         }
@@ -504,6 +532,7 @@ impl ProxyHttp for Service {
         ctx: &mut Context,
     ) -> Result<()> {
         ctx.reused = reused;
+        ctx.turn = None;
         let Some(wanted) = ctx.target else {
             return Err(Self::fail(ctx, Reason::Internal));
         };
@@ -511,12 +540,10 @@ impl ProxyHttp for Service {
             return Ok(());
         }
         let links = self.peers.links();
-        let link = links.find(descriptor);
-        // pingora's pool compares 64-bit hashes only; this compares what was hashed.
-        if link.as_ref().is_some_and(|link| link.target != wanted) {
+        let Ok(link) = links.leading_to(wanted, descriptor) else {
             tracing::error!("a pooled connection leads elsewhere than asked; it was not used");
             return Err(Self::fail(ctx, Reason::Internal));
-        }
+        };
         let Some((link, taken)) = link.and_then(|link| link.take_up().map(|taken| (link, taken))) else {
             // It has ended just now. Nothing was sent on it, so another one may be made.
             let mut error = Error::new_up(ErrorType::ConnectionClosed);

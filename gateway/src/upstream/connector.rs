@@ -20,10 +20,12 @@ use vmm_runtime::engine::GuestStream;
 
 use super::{
     guest_socket::{GuestEnd, GuestSocket},
+    h2_headers::{Bounded, Bounds},
     links::{Links, Speaks, Target},
     transport::{self, Transports},
+    turns::Turns,
 };
-use crate::{Limits, reply::Reason};
+use crate::{Limits, connection::Socket, reply::Reason};
 
 /// Streams at a time on one HTTP/2 connection to an app; pingora's default is 1.
 const STREAMS: usize = 100;
@@ -31,6 +33,8 @@ const STREAMS: usize = 100;
 /// client that reads slowly. pingora's default is 8 MiB each.
 const STREAM_WINDOW: u32 = 1 << 20;
 const CONNECTION_WINDOW: u32 = 1 << 22;
+/// Fields of a guest's header over HTTP/2, before anything of it is unpacked: pingora's limit for HTTP/1.1.
+const MAX_FIELDS: usize = 256;
 
 /// pingora wants an address; nobody ever connects to it.
 const GUEST: &str = "/guest";
@@ -42,6 +46,8 @@ pub(crate) enum DialFailure {
     Asleep,
     /// The client is told.
     Final(Reason),
+    /// There is no client any more.
+    ClientLeft,
 }
 
 /// Where a connector leaves why it failed, for the request that asked.
@@ -53,6 +59,7 @@ pub(crate) type TunnelSlot = Arc<OnceLock<GuestEnd>>;
 /// Makes peers.
 pub(crate) struct Peers {
     links: Arc<Links>,
+    turns: Arc<Turns>,
     transports: Arc<Transports>,
     keys: RandomState,
     limits: Limits,
@@ -61,7 +68,7 @@ pub(crate) struct Peers {
 impl Peers {
     /// Peers whose connections are tied in `links`.
     pub fn new(links: Arc<Links>, limits: Limits) -> Self {
-        Self { links, transports: Arc::new(Transports::new(limits.clone())), keys: RandomState::new(), limits }
+        Self { links, turns: Arc::default(), transports: Arc::new(Transports::new(limits.clone())), keys: RandomState::new(), limits }
     }
 
     /// What is known of the apps.
@@ -69,23 +76,31 @@ impl Peers {
         &self.transports
     }
 
+    /// The turns of those who want a stream of HTTP/2.
+    pub fn turns(&self) -> &Arc<Turns> {
+        &self.turns
+    }
+
     /// The links of all connections made.
     pub fn links(&self) -> &Arc<Links> {
         &self.links
     }
 
-    /// The peer of one request. `name` is what an app of TLS is asked for; `None` for one without.
+    /// The peer of one request. `name` is what an app of TLS is asked for; `None` for one without. `client` is watched while
+    /// the app is dialled, where that can be done.
     pub fn peer(
         &self,
         target: Target,
         name: Option<ServerName<'static>>,
         awake: &Arc<Awake>,
+        client: Option<Socket>,
         failure: &FailureSlot,
         tunnel: &TunnelSlot,
     ) -> Result<HttpPeer> {
+        let limits = self.limits.load();
         let mut peer = HttpPeer::new_uds(GUEST, false, String::new())?;
         let options = &mut peer.options;
-        options.idle_timeout = Some(self.limits.load().upstream_keepalive);
+        options.idle_timeout = Some(limits.upstream_keepalive);
         match target.speaks {
             Speaks::Http1 => options.http_upstream_request_policy = HttpUpstreamRequestPolicy::deny_upgrades(),
             Speaks::Http2 => {
@@ -107,7 +122,9 @@ impl Peers {
             target,
             name,
             awake: awake.clone(),
-            deadline: self.limits.load().dial_deadline,
+            client,
+            bounds: Bounds { bytes: limits.max_answer_header_bytes, fields: MAX_FIELDS },
+            deadline: limits.dial_deadline,
             failure: failure.clone(),
             tunnel: tunnel.clone(),
         }));
@@ -122,6 +139,8 @@ struct Connector {
     target: Target,
     name: Option<ServerName<'static>>,
     awake: Arc<Awake>,
+    client: Option<Socket>,
+    bounds: Bounds,
     deadline: Duration,
     failure: FailureSlot,
     tunnel: TunnelSlot,
@@ -141,6 +160,17 @@ impl Connector {
         self.transports.forget(microvm, port);
         Err(DialFailure::Final(failure))
     }
+
+    /// pingora does not notice while it connects.
+    async fn client_left(&self) {
+        if let Some(client) = &self.client
+            && client.closed_by_client().await.is_ok()
+        {
+            return;
+        }
+        // It cannot be watched; the deadline ends the dial.
+        std::future::pending().await
+    }
 }
 
 impl fmt::Debug for Connector {
@@ -152,7 +182,14 @@ impl fmt::Debug for Connector {
 #[async_trait]
 impl L4Connect for Connector {
     async fn connect(&self, _address: &SocketAddr) -> Result<L4Stream> {
-        let stream = match self.dial().await {
+        let dialled = tokio::select! {
+            // In this order: a dial that is done at once costs no watch. Either arm may be dropped at any await.
+            biased;
+            dialled = self.dial() => dialled,
+            () = self.client_left() => Err(DialFailure::ClientLeft),
+        };
+        let stream = match dialled {
+            Ok(stream) if self.target.speaks == Speaks::Http2 => Box::pin(Bounded::new(stream, self.bounds)),
             Ok(stream) => stream,
             Err(failure) => {
                 let _ = self.failure.set(failure);

@@ -12,7 +12,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicI32, Ordering},
+        atomic::{AtomicBool, AtomicI32, Ordering},
     },
     task::{Context, Poll, Waker},
     time::{Duration, Instant},
@@ -26,7 +26,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use vmm_runtime::engine::GuestStream;
 
-use super::transport::Transport;
+use super::{h2_headers, transport::Transport};
 use crate::{Limits, drain::Drain, metrics::Open};
 
 /// How often idle streams are looked at. One that its guest has closed is found at its next use in any case.
@@ -66,6 +66,7 @@ pub(crate) struct Link {
     pub target: Target,
     // Guards the stream against its two users, pingora and the sweep; held for one poll.
     state: Mutex<State>,
+    oversized: AtomicBool,
 }
 
 struct State {
@@ -140,6 +141,13 @@ pub(crate) struct Use {
     number: u64,
 }
 
+impl Use {
+    /// Whether it was ended because the guest sent too large a header.
+    pub fn is_oversized(&self) -> bool {
+        self.link.oversized.load(Ordering::Acquire)
+    }
+}
+
 impl Drop for Use {
     fn drop(&mut self) {
         // A connection of HTTP/2 is read all the time by a task of its own, which also ends it when it idles.
@@ -153,6 +161,10 @@ impl Drop for Use {
         }
     }
 }
+
+/// pingora's pool, which compares 64-bit hashes only, has taken one target's connection for another's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct LeadsElsewhere;
 
 /// All streams of one gateway.
 #[derive(Debug)]
@@ -182,15 +194,18 @@ impl Links {
         Open::new(&self.open)
     }
 
-    /// What a stream of pingora's leads to.
-    pub fn find(&self, number: RawFd) -> Option<Arc<Link>> {
-        self.by_number.get(&number).map(|link| link.clone())
+    /// The link behind a stream of pingora's that was asked for as `wanted`; `None` if it has just ended.
+    pub fn leading_to(&self, wanted: Target, number: RawFd) -> Result<Option<Arc<Link>>, LeadsElsewhere> {
+        match self.by_number.get(&number).map(|link| link.clone()) {
+            Some(link) if link.target != wanted => Err(LeadsElsewhere),
+            link => Ok(link),
+        }
     }
 
     /// Makes a guest stream one that pingora can keep. Dropping it closes the guest's end.
     pub fn tie(self: &Arc<Self>, target: Target, guest: GuestStream) -> Tied {
         let state = State { guest: Some((guest, self.count_open())), reader: None, writer: None, full: false, uses: 0, idle_since: None };
-        let link = Arc::new(Link { target, state: Mutex::new(state) });
+        let link = Arc::new(Link { target, state: Mutex::new(state), oversized: AtomicBool::new(false) });
         let number = self.number(&link);
         if self.ended.is_cancelled() {
             link.cut();
@@ -294,8 +309,10 @@ impl AsyncRead for Tied {
         let mut state = self.link.state();
         let Some((guest, _)) = &mut state.guest else { return Poll::Ready(Err(cut())) };
         let read = guest.as_mut().poll_read(cx, buf);
-        if read.is_pending() {
-            keep(&mut state.reader, cx);
+        match &read {
+            Poll::Pending => keep(&mut state.reader, cx),
+            Poll::Ready(Err(error)) if h2_headers::is_excess(error) => self.link.oversized.store(true, Ordering::Release),
+            Poll::Ready(_) => {}
         }
         read
     }
@@ -390,7 +407,7 @@ mod tests {
         let mut all: Vec<_> = (1..=50).map(|port| (port, tied(&links, target(port)))).collect();
         for (port, (pingoras, app)) in &mut all {
             assert!(pingoras.id() < -1);
-            assert_eq!(links.find(pingoras.id()).unwrap().target.port.get(), *port);
+            assert_eq!(links.by_number.get(&pingoras.id()).unwrap().clone().target.port.get(), *port);
             app.write_all(&port.to_be_bytes()).await.unwrap();
             let mut read = [0; 2];
             pingoras.read_exact(&mut read).await.unwrap();
@@ -403,10 +420,31 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_collision_of_pool_keys_is_found_out() {
+        let links = links(|_| {});
+        let (a, b) = (target(1), target(1));
+        let (pingoras, _app) = tied(&links, a);
+        assert!(links.leading_to(a, pingoras.id()).unwrap().is_some());
+        let others = [
+            b,
+            Target { port: Port::new(2).unwrap(), ..a },
+            Target { generation: Generation(2), ..a },
+            Target { speaks: Speaks::Http2, ..a },
+            Target { transport: Transport::Tls { h2: false }, ..a },
+        ];
+        for other in others {
+            assert_eq!(links.leading_to(other, pingoras.id()).err(), Some(LeadsElsewhere), "{other:?}");
+        }
+        let number = pingoras.id();
+        drop(pingoras);
+        assert!(links.leading_to(b, number).unwrap().is_none());
+    }
+
+    #[tokio::test]
     async fn a_cut_link_ends_for_both_sides_and_wakes_who_waits() {
         let links = links(|_| {});
         let (mut pingoras, mut app) = tied(&links, target(1));
-        let link = links.find(pingoras.id()).unwrap();
+        let link = links.by_number.get(&pingoras.id()).unwrap().clone();
         let waiting = tokio::spawn(async move { pingoras.read(&mut [0; 1]).await });
         tokio::task::yield_now().await;
         link.cut();
@@ -419,7 +457,7 @@ mod tests {
     async fn an_idle_link_ends_when_it_is_of_no_use() {
         let links = links(|limits| limits.upstream_keepalive = Duration::ZERO);
         let (pingoras, mut app) = tied(&links, target(1));
-        let link = links.find(pingoras.id()).unwrap();
+        let link = links.by_number.get(&pingoras.id()).unwrap().clone();
         let (first, second) = (link.take_up().unwrap(), link.take_up().unwrap());
         // The request before gives it up after the next one has it.
         drop(first);
@@ -436,7 +474,7 @@ mod tests {
         let links = links(|_| {});
         for spoken in [&b""[..], b"unasked"] {
             let (pingoras, mut app) = tied(&links, target(1));
-            drop(links.find(pingoras.id()).unwrap().take_up());
+            drop(links.by_number.get(&pingoras.id()).unwrap().clone().take_up());
             links.sweep();
             assert_eq!(links.open.get(), 1, "it idles for a moment only");
             app.write_all(spoken).await.unwrap();

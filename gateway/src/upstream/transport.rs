@@ -73,6 +73,11 @@ impl Transports {
         Self { known: DashMap::new(), limits, either: client(&[H2, HTTP_1_1]), http1: client(&[HTTP_1_1]), http2: client(&[H2]) }
     }
 
+    /// What the app at this port speaks, if that is known.
+    pub fn known(&self, microvm: MicrovmId, port: Port) -> Option<Transport> {
+        self.known.get(&(microvm, port)).and_then(|cell| cell.get().copied())
+    }
+
     /// What the app at this port speaks; asks it if nobody has yet. Those who come meanwhile wait for the one answer.
     pub async fn of(
         &self,

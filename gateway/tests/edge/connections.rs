@@ -32,6 +32,16 @@ async fn case_23_what_is_negotiated() {
     let mut start = [0; 12];
     within("the answer", tls.read_exact(&mut start)).await.unwrap();
     assert_eq!(&start, b"HTTP/1.1 403");
+    // A name that is none of ours, and none at all (an address is not sent as one): the Host decides.
+    for name in ["unknown.example", "127.0.0.1"] {
+        let mut tls = rig.tls_as(name, &["http/1.1"]).await;
+        tls.write_all(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+        within("the answer", tls.read_exact(&mut start)).await.unwrap();
+        assert_eq!(&start, b"HTTP/1.1 403", "{name}");
+    }
+    // Nothing in common: a clean alert.
+    let refused = rig.try_tls("anything.microvm.localhost", &["spdy/3"]).await.unwrap_err();
+    assert!(refused.to_string().contains("NoApplicationProtocol"), "{refused}");
 }
 
 /// Returns when the gateway has closed the connection.

@@ -1,12 +1,15 @@
 //! A loopback engine whose streams have their first bytes at hand when they are dialled: the guest that is always faster
-//! than the gateway, which pingora issue #946 needs to show itself.
+//! than the gateway, which pingora issue #946 needs to show itself. Or whose streams never come.
 
 use std::{
     any::Any,
     io::Cursor,
     path::PathBuf,
     pin::Pin,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
     task::{Context, Poll},
     time::Duration,
 };
@@ -23,12 +26,31 @@ use vmm_runtime::{
     loopback::LoopbackEngine,
 };
 
-pub struct EagerEngine(pub LoopbackEngine);
+pub struct EagerEngine(pub LoopbackEngine, pub Dials);
 
-struct EagerVm(Arc<dyn Vm>);
+/// How dials go.
+#[derive(Clone)]
+pub enum Dials {
+    /// The app's first bytes are at hand.
+    Eager,
+    /// None returns once `silent` is set; those that were begun and those that were given up are counted.
+    Silent { silent: Arc<AtomicBool>, begun: Arc<AtomicUsize>, given_up: Arc<AtomicUsize> },
+}
 
-fn eager(started: Started) -> Started {
-    Started { vm: Arc::new(EagerVm(started.vm)), ..started }
+struct EagerVm(Arc<dyn Vm>, Dials);
+
+struct GivenUp(Arc<AtomicUsize>);
+
+impl Drop for GivenUp {
+    fn drop(&mut self) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+impl EagerEngine {
+    fn eager(&self, started: Started) -> Started {
+        Started { vm: Arc::new(EagerVm(started.vm, self.1.clone())), ..started }
+    }
 }
 
 /// What was read already, then the rest.
@@ -61,6 +83,14 @@ impl AsyncWrite for Prefetched {
 #[async_trait]
 impl Vm for EagerVm {
     async fn dial(&self, port: Port) -> Result<GuestStream, DialError> {
+        if let Dials::Silent { silent, begun, given_up } = &self.1 {
+            if silent.load(Ordering::SeqCst) {
+                let _given_up = GivenUp(given_up.clone());
+                begun.fetch_add(1, Ordering::SeqCst);
+                return std::future::pending().await;
+            }
+            return self.0.dial(port).await;
+        }
         let mut rest = self.0.dial(port).await?;
         let mut first = vec![0; 4096];
         let length = rest.read(&mut first).await.map_err(|_| DialError::Gone)?;
@@ -102,10 +132,10 @@ impl Engine for EagerEngine {
         self.0.capture_image(vm, into).await
     }
     async fn launch(&self, spec: LaunchSpec) -> Result<Started, EngineError> {
-        self.0.launch(spec).await.map(eager)
+        self.0.launch(spec).await.map(|started| self.eager(started))
     }
     async fn restore(&self, spec: RestoreSpec) -> Result<Started, EngineError> {
-        self.0.restore(spec).await.map(eager)
+        self.0.restore(spec).await.map(|started| self.eager(started))
     }
     async fn adopt(&self, id: MicrovmId, dir: PathBuf, image_dir: PathBuf, generation: Generation) -> Result<Option<Arc<dyn Vm>>, EngineError> {
         self.0.adopt(id, dir, image_dir, generation).await

@@ -142,12 +142,87 @@ async fn a_large_header_of_h2_is_refused_and_its_connection_goes_on() {
     let mut h2 = rig.h2().await;
     let large = "x".repeat(30_000);
     let fields = [("x-aws-proxy-auth", token.as_str()), ("a", &large)];
-    assert_eq!(h2.send(h2_request("GET", &vm.host, "/", &fields, full(""))).await.status, 431);
+    let answer = h2.send(h2_request("GET", &vm.host, "/", &fields, full(""))).await;
+    assert_eq!((answer.status, answer.reason()), (431, "header-too-large"));
+    // What is twice as large is refused by h2 itself.
+    let larger = [fields[0], ("a", &"x".repeat(60_000))];
+    assert_eq!(h2.send(h2_request("GET", &vm.host, "/", &larger, full(""))).await.status, 431);
     let many: Vec<_> = [("x-aws-proxy-auth", token.as_str())].into_iter().chain([("a", "1"); 150]).collect();
     let answer = h2.send(h2_request("GET", &vm.host, "/", &many, full(""))).await;
     assert_eq!((answer.status, answer.reason()), (431, "header-too-large"));
     assert_eq!(app.requests.load(Ordering::SeqCst), 0);
     assert_eq!(h2.send(h2_request("GET", &vm.host, "/", &fields[..1], full(""))).await.status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn case_19_two_tokens_are_refused_however_they_are_written() {
+    let (rig, app, vm, token) = rig().await;
+    let auth = "x-aws-proxy-auth";
+    let one = token.as_str();
+    let list = |first: &str, second: &str| format!("{first}, {second}");
+    for (what, fields) in [
+        ("good and bad", vec![(auth, one.to_owned()), (auth, "bad".to_owned())]),
+        ("bad and good", vec![(auth, "bad".to_owned()), (auth, one.to_owned())]),
+        ("the same twice", vec![(auth, one.to_owned()), (auth, one.to_owned())]),
+        ("in two spellings", vec![("X-AWS-Proxy-Auth", one.to_owned()), (auth, one.to_owned())]),
+        ("nothing and good", vec![(auth, String::new()), (auth, one.to_owned())]),
+        ("a list of good and bad", vec![(auth, list(one, "bad"))]),
+        ("a list of bad and good", vec![(auth, list("bad", one))]),
+        ("a list of the same", vec![(auth, list(one, one))]),
+        ("a list with nothing", vec![(auth, format!("{one},"))]),
+    ] {
+        let lines: String = fields.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
+        let answer = raw(&rig, format!("GET / HTTP/1.1\r\nhost: {}\r\n{lines}connection: close\r\n\r\n", vm.host).as_bytes()).await;
+        assert_eq!(statuses(&answer), ["403"], "{what}: {answer}");
+        let fields: Vec<_> = fields.iter().map(|(_, value)| (auth, value.as_str())).collect();
+        let answer = rig.h2().await.send(h2_request("GET", &vm.host, "/", &fields, full(""))).await;
+        assert_eq!(answer.status, 403, "{what} over h2");
+    }
+    assert_eq!(app.requests.load(Ordering::SeqCst), 0);
+    let spelled = raw(&rig, format!("GET / HTTP/1.1\r\nhost: {}\r\nX-AWS-PROXY-auth: {one}\r\nconnection: close\r\n\r\n", vm.host).as_bytes()).await;
+    assert_eq!(statuses(&spelled), ["200"], "{spelled}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn case_20_what_looks_like_the_token_field_and_is_not() {
+    let (rig, _app, vm, token) = rig().await;
+    for (what, line, status) in [
+        ("blanks around the value", format!("x-aws-proxy-auth: \t {token} \t "), "200"),
+        ("no blank before the value", format!("x-aws-proxy-auth:{token}"), "200"),
+        ("underscores", format!("X_aws_proxy_auth: {token}"), "403"),
+        ("one underscore", format!("x-aws-proxy_auth: {token}"), "403"),
+        ("a blank before the colon", format!("x-aws-proxy-auth : {token}"), "400"),
+        ("a tab before the colon", format!("x-aws-proxy-auth\t: {token}"), "400"),
+        ("a blank before the name", format!("a: b\r\n x-aws-proxy-auth: {token}"), "400"),
+        ("a control character in the value", format!("x-aws-proxy-auth: {token}\x01"), "400"),
+        ("a control character in the name", format!("x-aws-proxy-auth\x01: {token}"), "400"),
+        ("DEL in the value", format!("x-aws-proxy-auth: {token}\x7f"), "400"),
+        ("a blank in the value", format!("x-aws-proxy-auth: {} {}", &token[..20], &token[20..]), "403"),
+        ("more than ASCII", format!("x-aws-proxy-auth: {token}\u{e4}"), "403"),
+    ] {
+        let answer = raw(&rig, format!("GET / HTTP/1.1\r\nhost: {}\r\n{line}\r\nconnection: close\r\n\r\n", vm.host).as_bytes()).await;
+        assert_eq!(statuses(&answer), [status], "{what}: {answer}");
+        assert!(!answer.contains(&token), "{what}: {answer}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn case_22_one_host_in_one_spelling_or_another() {
+    let (rig, app, vm, token) = rig().await;
+    let auth = format!("x-aws-proxy-auth: {token}\r\nconnection: close\r\n\r\n");
+    let upper = vm.host.to_uppercase();
+    for host in [format!("{upper}."), format!("{}:443", vm.host), format!("{}.:8443", vm.host), format!("\t{} ", vm.host)] {
+        let answer = raw(&rig, format!("GET / HTTP/1.1\r\nhost: {host}\r\n{auth}").as_bytes()).await;
+        assert_eq!(statuses(&answer), ["200"], "{host}: {answer}");
+    }
+    let absolute = raw(&rig, format!("GET http://{0}/x HTTP/1.1\r\nhost: {0}\r\n{auth}", vm.host).as_bytes()).await;
+    assert_eq!(statuses(&absolute), ["200"], "{absolute}");
+    let before = app.requests.load(Ordering::SeqCst);
+    for host in ["", &format!("{},other", vm.host), &format!("other,{}", vm.host), &format!("{}/x", vm.host), &format!("{} x", vm.host), &format!("{}:", vm.host), &format!("{}:0x50", vm.host), &format!("{}@other", vm.host)] {
+        let answer = raw(&rig, format!("GET / HTTP/1.1\r\nhost: {host}\r\n{auth}").as_bytes()).await;
+        assert!(["400", "403"].map(|status| vec![status]).contains(&statuses(&answer)), "{host}: {answer}");
+    }
+    assert_eq!(app.requests.load(Ordering::SeqCst), before);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -190,10 +190,18 @@ impl Rig {
     }
 
     pub async fn tls_over(&self, tcp: TcpStream, name: &'static str, alpn: &[&str]) -> TlsStream<TcpStream> {
+        self.try_tls_over(tcp, name, alpn).await.unwrap()
+    }
+
+    pub async fn try_tls(&self, name: &'static str, alpn: &[&str]) -> std::io::Result<TlsStream<TcpStream>> {
+        self.try_tls_over(TcpStream::connect(self.address).await.unwrap(), name, alpn).await
+    }
+
+    async fn try_tls_over(&self, tcp: TcpStream, name: &'static str, alpn: &[&str]) -> std::io::Result<TlsStream<TcpStream>> {
         let mut config = rustls::ClientConfig::builder().with_root_certificates(self.authority.roots.clone()).with_no_client_auth();
         config.alpn_protocols = alpn.iter().map(|protocol| protocol.as_bytes().to_vec()).collect();
         tcp.set_nodelay(true).unwrap();
-        within("the TLS handshake", TlsConnector::from(Arc::new(config)).connect(ServerName::try_from(name).unwrap(), tcp)).await.unwrap()
+        within("the TLS handshake", TlsConnector::from(Arc::new(config)).connect(ServerName::try_from(name).unwrap(), tcp)).await
     }
 
     pub async fn h1(&self) -> H1 {
@@ -269,7 +277,7 @@ impl Authority {
     /// A fresh wildcard certificate, as a server shows it.
     fn server(&self) -> rustls::ServerConfig {
         let key = rcgen::KeyPair::generate().unwrap();
-        let leaf = rcgen::CertificateParams::new(vec![format!("*.{SUFFIX}")]).unwrap().signed_by(&key, &self.issuer).unwrap();
+        let leaf = rcgen::CertificateParams::new(vec![format!("*.{SUFFIX}"), "unknown.example".to_owned(), "127.0.0.1".to_owned()]).unwrap().signed_by(&key, &self.issuer).unwrap();
         let key = rustls_pki_types::PrivateKeyDer::try_from(key.serialize_der()).unwrap();
         rustls::ServerConfig::builder().with_no_client_auth().with_single_cert(vec![leaf.der().clone()], key).unwrap()
     }

@@ -20,7 +20,7 @@ use vmm_runtime::loopback::LoopbackEngine;
 
 use crate::{
     app::{read_header, scripted, speaking_first},
-    eager::EagerEngine,
+    eager::{Dials, EagerEngine},
     rig::{Microvm, Rig, until, within},
 };
 
@@ -212,7 +212,7 @@ async fn an_app_that_refuses_the_upgrade_is_heard() {
 #[tokio::test(flavor = "multi_thread")]
 async fn pingora_946_a_fast_answer_does_not_tear_the_tunnel_down() {
     let engine = LoopbackEngine::new();
-    let rig = Rig::over(engine.clone(), Arc::new(EagerEngine(engine)), |_| {}).await;
+    let rig = Rig::over(engine.clone(), Arc::new(EagerEngine(engine, Dials::Eager)), |_| {}).await;
     let fast = speaking_first(|mut tcp| async move {
         // The answer waits in the socket before the request has come; its accept fits the one key of this test.
         let answer = "HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: websocket\r\nsec-websocket-accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n";
