@@ -304,6 +304,8 @@ pub(crate) struct Guarded {
     // The turn that `meter` and `deadline` belong to.
     metered_turn: u32,
     meter: HeaderMeter,
+    // Bytes were read since the last header's end.
+    body_came: bool,
     deadline: Option<Pin<Box<Sleep>>>,
     // Of HTTP/2: how much of the preface has not come. pingora has no deadline for it; for what follows it has.
     preface_left: usize,
@@ -325,7 +327,7 @@ impl Guarded {
         drop(limits);
         let (alpn, ssl) = (tls.selected_alpn_proto(), tls.get_ssl_digest());
         let preface_left = if multiplexed { PREFACE_LENGTH } else { 0 };
-        Self { tls: Shared(Mutex::new(tls)), alpn, ssl, socket, settings, traffic, turn: AtomicU32::new(turn), metered_turn: turn, meter, deadline, preface_left, refused: None, owed: false, closing: None }
+        Self { tls: Shared(Mutex::new(tls)), alpn, ssl, socket, settings, traffic, turn: AtomicU32::new(turn), metered_turn: turn, meter, body_came: false, deadline, preface_left, refused: None, owed: false, closing: None }
     }
 
     /// The connection under a pingora session, if it is HTTP/1.1.
@@ -429,12 +431,21 @@ impl AsyncRead for Guarded {
             return Poll::Ready(Ok(()));
         }
         let Some(turn) = this.header_turn() else {
-            return if this.preface_left > 0 { this.poll_preface(cx, buf) } else { Pin::new(&mut this.tls).poll_read(cx, buf) };
+            if this.preface_left > 0 {
+                return this.poll_preface(cx, buf);
+            }
+            let before = buf.filled().len();
+            ready!(Pin::new(&mut this.tls).poll_read(cx, buf))?;
+            this.body_came |= buf.filled().len() > before;
+            return Poll::Ready(Ok(()));
         };
         if turn != this.metered_turn {
             // A new header. Until its first byte only the keepalive timeout runs, which pingora keeps.
             this.metered_turn = turn;
-            this.meter = HeaderMeter::new(HeaderLimits::of(&this.settings.limits.load()));
+            let limits = HeaderLimits::of(&this.settings.limits.load());
+            // Where a body ends is pingora's to know: with its last bytes it may have taken the first of this header.
+            let taken = std::mem::take(&mut this.body_came) || this.meter.was_followed();
+            this.meter = if taken { HeaderMeter::in_the_middle(limits) } else { HeaderMeter::new(limits) };
             this.deadline = None;
         }
         if this.refused_in(turn).is_some() {

@@ -17,12 +17,25 @@ pub(crate) struct HeaderMeter {
     blanks: usize,
     malformed: bool,
     ended: bool,
+    /// Bytes came after the end.
+    followed: bool,
 }
 
 impl HeaderMeter {
     /// For a header of which nothing has come.
     pub fn new(limits: HeaderLimits) -> Self {
-        Self { limits, bytes: 0, lines: 0, line_is_empty: true, blanks: 0, malformed: false, ended: false }
+        Self { limits, bytes: 0, lines: 0, line_is_empty: true, blanks: 0, malformed: false, ended: false, followed: false }
+    }
+
+    /// For a header whose beginning pingora may have taken together with what was before it: the first line that is seen may
+    /// be any, and is not judged.
+    pub fn in_the_middle(limits: HeaderLimits) -> Self {
+        Self { lines: 1, ..Self::new(limits) }
+    }
+
+    /// Whether more came than this header.
+    pub fn was_followed(&self) -> bool {
+        self.followed
     }
 
     /// Whether anything has come.
@@ -49,6 +62,7 @@ impl HeaderMeter {
                 bytes = &rest[1..];
             }
         }
+        self.followed |= !bytes.is_empty();
         // The request line is one line more than there are fields.
         if self.bytes > self.limits.bytes || self.lines > self.limits.fields + 1 {
             return Err(Reason::HeaderTooLarge);
@@ -95,6 +109,15 @@ mod tests {
             assert!(meter.has_begun());
             assert_eq!(meter.feed(&b"x y z\n\0".repeat(1000)), Ok(()));
         }
+    }
+
+    #[test]
+    fn what_begins_in_the_middle_is_no_request_line() {
+        let mut meter = HeaderMeter::in_the_middle(HeaderLimits { bytes: 100, fields: 3 });
+        assert_eq!(meter.feed(b"agent: a b c d\r\nb: 2\r\n\r\n"), Ok(()));
+        assert!(meter.has_ended() && !meter.was_followed());
+        assert_eq!(meter.feed(b"G"), Ok(()));
+        assert!(meter.was_followed());
     }
 
     #[test]

@@ -265,6 +265,26 @@ async fn case_26_a_refused_body_is_never_taken_for_a_request() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_pipelined_request_may_come_in_pieces() {
+    let (rig, app, vm, token) = rig().await;
+    let request = |path: &str| format!("GET /{path} HTTP/1.1\r\nhost: {}\r\nuser-agent: a b c d e\r\nx-aws-proxy-auth: {token}\r\n\r\n", vm.host);
+    let (first, second) = (request("first"), request("second").replace("user-agent", "connection: close\r\nuser-agent"));
+    // Cut in the request line, in a field, and before the last byte.
+    for cut in [3, 8, 60, second.len() - 1] {
+        let mut tls = rig.tls(&["http/1.1"]).await;
+        tls.write_all(format!("{first}{}", &second[..cut]).as_bytes()).await.unwrap();
+        let mut answers = vec![0; 4096];
+        let read = within("the first answer", tls.read(&mut answers)).await.unwrap();
+        answers.truncate(read);
+        tls.write_all(&second.as_bytes()[cut..]).await.unwrap();
+        within("the end", tls.read_to_end(&mut answers)).await.unwrap();
+        let answers = String::from_utf8(answers).unwrap();
+        assert_eq!(statuses(&answers), ["200", "200"], "cut at {cut}: {answers}");
+    }
+    assert_eq!(app.requests.load(Ordering::SeqCst), 8);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn case_31_a_bad_guest_is_a_502_or_a_visible_cut() {
     let rig = Rig::with(|config| config.first_byte_deadline = Some(Duration::from_millis(300))).await;
     let ok = "HTTP/1.1 200 OK\r\n";
