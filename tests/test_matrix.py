@@ -242,6 +242,19 @@ def test_asleep(node, pair, name):
     assert vm.state == "RUNNING" and node.wakes() == wakes + 1
 
 
+@pytest.mark.parametrize("name", ["plain app", "h2c forced", "tls app of h2", "tls app of h1", "grpc unary"])
+def test_a_connection_that_is_given_up_wakes_nobody(node, pair, name):
+    """Connections to an app are kept for a second after a request. TLS and HTTP/2 have words for their end, and a sleeper is not
+    woken to hear them."""
+    app, exchange = EXCHANGES[name]
+    exchange(pair[app])
+    vm = pair[app].suspend()
+    wakes = node.wakes()
+    # The one that remains is the silent WebSocket's.
+    eventually("the connections to be given up", lambda: node.metrics().total("edge_upstream_streams") <= 1, within=30)
+    assert vm.state == "SUSPENDED" and node.wakes() == wakes
+
+
 @pytest.mark.parametrize("app", ["kitchen", "polyglot"])
 def test_falling_asleep(node, pair, app):
     """All protocols at once while the microVM is told to sleep, again and again: calls come before, in and after every step

@@ -8,7 +8,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use idle_controller::Awake;
+use idle_controller::{Awake, MicrovmHandle};
 use pingora_core::{
     Error, ErrorType, Result,
     connectors::L4Connect,
@@ -21,7 +21,7 @@ use vmm_runtime::engine::GuestStream;
 use super::{
     guest_socket::{GuestEnd, GuestSocket},
     h2_headers::{Bounded, Bounds},
-    links::{Links, Speaks, Target},
+    links::{Asleep, Links, Speaks, Target},
     transport::{self, Transports},
     turns::Turns,
 };
@@ -92,6 +92,7 @@ impl Peers {
         &self,
         target: Target,
         name: Option<ServerName<'static>>,
+        microvm: &MicrovmHandle,
         awake: &Arc<Awake>,
         client: Option<Socket>,
         failure: &FailureSlot,
@@ -121,6 +122,7 @@ impl Peers {
             transports: self.transports.clone(),
             target,
             name,
+            microvm: microvm.clone(),
             awake: awake.clone(),
             client,
             bounds: Bounds { bytes: limits.max_answer_header_bytes, fields: MAX_FIELDS },
@@ -138,6 +140,7 @@ struct Connector {
     transports: Arc<Transports>,
     target: Target,
     name: Option<ServerName<'static>>,
+    microvm: MicrovmHandle,
     awake: Arc<Awake>,
     client: Option<Socket>,
     bounds: Bounds,
@@ -159,6 +162,12 @@ impl Connector {
         };
         self.transports.forget(microvm, port);
         Err(DialFailure::Final(failure))
+    }
+
+    /// For the time when no request holds the microVM awake.
+    fn asleep(&self) -> Asleep {
+        let (microvm, generation) = (self.microvm.clone(), self.target.generation);
+        Box::new(move || transport::slept(&microvm, generation))
     }
 
     /// pingora does not notice while it connects.
@@ -201,6 +210,6 @@ impl L4Connect for Connector {
             let _ = self.tunnel.set(socket.end());
             return Ok(VirtualSocketStream::new(Box::new(socket)).into());
         }
-        Ok(VirtualSocketStream::new(Box::new(self.links.tie(self.target, stream))).into())
+        Ok(VirtualSocketStream::new(Box::new(self.links.tie(self.target, stream, self.asleep()))).into())
     }
 }

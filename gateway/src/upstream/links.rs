@@ -60,10 +60,14 @@ pub(crate) struct Target {
     pub transport: Transport,
 }
 
+/// Tells whether the microVM that a stream leads to sleeps, so that bytes for it would wake it.
+pub(crate) type Asleep = Box<dyn Fn() -> bool + Send + Sync>;
+
 /// One stream.
 pub(crate) struct Link {
     /// Where it leads.
     pub target: Target,
+    asleep: Asleep,
     // Guards the stream against its two users, pingora and the sweep; held for one poll.
     state: Mutex<State>,
     oversized: AtomicBool,
@@ -79,6 +83,8 @@ struct State {
     full: bool,
     /// Counts the requests that have used it.
     uses: u64,
+    /// Requests that use it now.
+    in_use: u32,
     /// Since when no request uses it. While it is set nobody polls but the sweep.
     idle_since: Option<Instant>,
 }
@@ -94,8 +100,8 @@ impl Link {
         let guest = state.guest.take();
         let wakers = [state.reader.take(), state.writer.take()];
         drop(state);
-        if let Some((mut guest, _open)) = guest {
-            finish(&mut guest);
+        if let Some((guest, _open)) = guest {
+            self.finish(guest);
         }
         wakers.into_iter().flatten().for_each(Waker::wake);
     }
@@ -111,9 +117,18 @@ impl Link {
         state.guest.as_ref()?;
         state.idle_since = None;
         state.uses += 1;
+        state.in_use += 1;
         let number = state.uses;
         drop(state);
         Some(Use { link: self.clone(), number })
+    }
+
+    /// Says the end in order, if that can be said at once. A sleeper is not woken for it (TLS has a word of its own for the
+    /// end): it reads the end when it wakes.
+    fn finish(&self, mut guest: GuestStream) {
+        if !(self.asleep)() {
+            let _ = guest.as_mut().poll_shutdown(&mut Context::from_waker(Waker::noop()));
+        }
     }
 
     /// Takes the stream out if it idles and is of no use any more: for too long, closed by its guest, or spoken on unasked.
@@ -150,11 +165,12 @@ impl Use {
 
 impl Drop for Use {
     fn drop(&mut self) {
+        let mut state = self.link.state();
+        state.in_use -= 1;
         // A connection of HTTP/2 is read all the time by a task of its own, which also ends it when it idles.
         if self.link.target.speaks != Speaks::Http1 {
             return;
         }
-        let mut state = self.link.state();
         // pingora gives a connection back before its request is quite over; the next one may have it already.
         if state.uses == self.number {
             state.idle_since = Some(Instant::now());
@@ -203,9 +219,9 @@ impl Links {
     }
 
     /// Makes a guest stream one that pingora can keep. Dropping it closes the guest's end.
-    pub fn tie(self: &Arc<Self>, target: Target, guest: GuestStream) -> Tied {
-        let state = State { guest: Some((guest, self.count_open())), reader: None, writer: None, full: false, uses: 0, idle_since: None };
-        let link = Arc::new(Link { target, state: Mutex::new(state), oversized: AtomicBool::new(false) });
+    pub fn tie(self: &Arc<Self>, target: Target, guest: GuestStream, asleep: Asleep) -> Tied {
+        let state = State { guest: Some((guest, self.count_open())), reader: None, writer: None, full: false, uses: 0, in_use: 0, idle_since: None };
+        let link = Arc::new(Link { target, asleep, state: Mutex::new(state), oversized: AtomicBool::new(false) });
         let number = self.number(&link);
         if self.ended.is_cancelled() {
             link.cut();
@@ -252,8 +268,8 @@ impl Links {
     fn sweep(&self) {
         // Dropped after the look, without a lock: what pingora still holds of them ends at its next use or eviction.
         let keepalive = self.limits.load().upstream_keepalive;
-        let spent: Vec<_> = self.by_number.iter().filter_map(|link| link.take_spent(keepalive)).collect();
-        spent.into_iter().for_each(|(mut guest, _open)| finish(&mut guest));
+        let spent: Vec<_> = self.by_number.iter().filter_map(|link| Some((link.clone(), link.take_spent(keepalive)?))).collect();
+        spent.into_iter().for_each(|(link, (guest, _open))| link.finish(guest));
     }
 
     /// Ends every stream.
@@ -264,11 +280,6 @@ impl Links {
         self.tasks.close();
         self.tasks.wait().await;
     }
-}
-
-/// Says the end in order, if that can be said at once, before a stream is dropped.
-fn finish(guest: &mut GuestStream) {
-    let _ = guest.as_mut().poll_shutdown(&mut Context::from_waker(Waker::noop()));
 }
 
 /// pingora's end of a stream.
@@ -294,6 +305,11 @@ fn keep(place: &mut Option<Waker>, cx: &Context<'_>) {
 impl Tied {
     fn poll_write_side<T>(&self, cx: &mut Context<'_>, poll: impl FnOnce(Pin<&mut GuestStream>, &mut Context<'_>) -> Poll<io::Result<T>>) -> Poll<io::Result<T>> {
         let mut state = self.link.state();
+        // What a connection without a request has to say (HTTP/2 says good-bye) is not worth a wake.
+        if state.in_use == 0 && state.uses > 0 && state.guest.is_some() && (self.link.asleep)() {
+            state.guest = None;
+            state.reader.take().into_iter().for_each(Waker::wake);
+        }
         let Some((guest, _)) = &mut state.guest else { return Poll::Ready(Err(cut())) };
         let written = poll(Pin::new(guest), cx);
         state.full = written.is_pending();
@@ -372,7 +388,28 @@ mod tests {
 
     fn tied(links: &Arc<Links>, target: Target) -> (Tied, DuplexStream) {
         let (guest, app) = tokio::io::duplex(1024);
-        (links.tie(target, Box::pin(guest)), app)
+        (links.tie(target, Box::pin(guest), Box::new(|| false)), app)
+    }
+
+    #[tokio::test]
+    async fn a_sleeper_is_not_woken_by_what_nobody_asked_for() {
+        let links = links(|_| {});
+        let (guest, mut app) = tokio::io::duplex(1024);
+        let asleep = Arc::new(AtomicBool::new(false));
+        let sleeps = asleep.clone();
+        let mut pingoras = links.tie(Target { speaks: Speaks::Http2, ..target(1) }, Box::pin(guest), Box::new(move || sleeps.load(Ordering::SeqCst)));
+        // The beginning of a connection, before its first request.
+        pingoras.write_all(b"begin").await.unwrap();
+        let link = links.by_number.get(&pingoras.id()).unwrap().clone();
+        let request = link.take_up().unwrap();
+        asleep.store(true, Ordering::SeqCst);
+        // A request is worth a wake.
+        pingoras.write_all(b"asked").await.unwrap();
+        drop(request);
+        assert_eq!(pingoras.write_all(b"good-bye").await.unwrap_err().kind(), io::ErrorKind::ConnectionAborted);
+        let mut read = String::new();
+        app.read_to_string(&mut read).await.unwrap();
+        assert_eq!(read, "beginasked");
     }
 
     #[tokio::test]

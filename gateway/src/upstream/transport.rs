@@ -12,7 +12,7 @@ use std::{io, sync::Arc, time::Duration};
 
 use dashmap::DashMap;
 use idle_controller::{Awake, MicrovmHandle};
-use model::{MicrovmId, MicrovmState, Port};
+use model::{Generation, MicrovmId, MicrovmState, Port};
 use rustls::{
     ClientConfig, ClientConnection, DigitallySignedStruct, Error as TlsError, SignatureScheme,
     client::{
@@ -122,7 +122,7 @@ impl Transports {
         match answer {
             Ok(Ok([HANDSHAKE | ALERT, MAJOR_VERSION])) => {}
             // Its silence may have been sleep.
-            Err(_) if slept(microvm, awake) => return Err(DialFailure::Asleep),
+            Err(_) if slept(microvm, awake.generation()) => return Err(DialFailure::Asleep),
             Ok(_) | Err(_) => return Ok(Transport::Plain),
         }
         let handshake = async {
@@ -131,7 +131,7 @@ impl Transports {
         };
         match tokio::time::timeout(deadline, handshake).await {
             Ok(tls) => Ok(Transport::Tls { h2: tls?.get_ref().1.alpn_protocol() == Some(H2) }),
-            Err(_) if slept(microvm, awake) => Err(DialFailure::Asleep),
+            Err(_) if slept(microvm, awake.generation()) => Err(DialFailure::Asleep),
             Err(_) => Err(DialFailure::Final(Reason::GuestTimeout)),
         }
     }
@@ -148,9 +148,10 @@ pub(crate) async fn dial(awake: &Awake, port: Port, deadline: Duration) -> Resul
     }
 }
 
-fn slept(microvm: &MicrovmHandle, awake: &Awake) -> bool {
+/// Whether the microVM sleeps, or has slept since it had this generation.
+pub(crate) fn slept(microvm: &MicrovmHandle, generation: Generation) -> bool {
     let view = microvm.view();
-    view.state != MicrovmState::Running || view.generation != awake.generation()
+    view.state != MicrovmState::Running || view.generation != generation
 }
 
 async fn first_bytes(mut guest: GuestStream, hello: Vec<u8>) -> io::Result<[u8; 2]> {
