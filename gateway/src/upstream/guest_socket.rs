@@ -5,6 +5,8 @@
 //! that wake it, and a client that keeps its connection open would keep its microVM awake. While the microVM is awake every
 //! byte passes unchanged in both directions.
 //!
+//! A frame that the guest has begun counts as an answer that is being computed, until it is whole.
+//!
 //! And it takes leave: when the gateway drains, the client reads Close 1001 between two frames. Its answer goes on to the
 //! app, which so learns of it as well (a sleeping microVM is not woken for that), and the tunnel ends with the app's end of
 //! it or after [`MOMENT`].
@@ -65,6 +67,8 @@ struct Tunnel {
     /// What is to be said to the client between two frames of the guest's.
     pongs: VecDeque<u8>,
     reader: Option<Waker>,
+    /// The guest has said a part of a frame and owes the rest.
+    owes: bool,
     leave: Leave,
 }
 
@@ -191,7 +195,8 @@ impl Tunnel {
             return Poll::Ready(Ok(self.take_ping(bytes)));
         }
         let passed = match (self.to_guest.frames(), self.from_guest.frames()) {
-            (Some(scanner), Some(_)) if self.awake.is_asleep() => scanner.before_ping(bytes),
+            // In the middle of the guest's frame there is no place for an answer of ours.
+            (Some(scanner), Some(from)) if from.at_boundary() && self.awake.is_asleep() => scanner.before_ping(bytes),
             _ => bytes.len(),
         };
         if passed == 0 && !bytes.is_empty() {
@@ -263,6 +268,7 @@ impl Tunnel {
             buf.put_slice(&self.early[..said]);
             self.from_guest.pass(&self.early[..said]);
             self.early.drain(..said);
+            self.note_debt();
             return Poll::Ready(Ok(()));
         }
         if !self.pongs.is_empty() && self.from_guest.frames().is_some_and(Scanner::at_boundary) {
@@ -278,6 +284,7 @@ impl Tunnel {
         match self.stream.as_mut().poll_read(cx, buf) {
             Poll::Ready(read) => {
                 self.from_guest.pass(&buf.filled()[before..]);
+                self.note_debt();
                 Poll::Ready(read)
             }
             Poll::Pending => {
@@ -291,6 +298,16 @@ impl Tunnel {
                 }
                 Poll::Pending
             }
+        }
+    }
+
+    /// A frame that the guest has begun is an answer being computed until it is whole: a microVM that is told to sleep in the
+    /// middle of it is woken for the rest, which the client waits for.
+    fn note_debt(&mut self) {
+        let owes = self.from_guest.frames().is_some_and(|scanner| !scanner.at_boundary());
+        if owes != self.owes {
+            self.owes = owes;
+            if owes { self.awake.computing() } else { self.awake.streaming() }
         }
     }
 
@@ -341,6 +358,7 @@ impl GuestSocket {
             held_back: Vec::new(),
             pongs: VecDeque::new(),
             reader: None,
+            owes: false,
             leave: Leave::NotYet { drain: drain.clone(), begins: Box::pin(drain.begins_owned()) },
         };
         Self { end: GuestEnd { tunnel: Arc::new(Mutex::new(tunnel)) } }

@@ -3,8 +3,8 @@
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use futures::{SinkExt as _, StreamExt as _};
-use model::{MicrovmState, PortScope};
-use tokio::{io::{AsyncReadExt as _, AsyncWriteExt as _}, net::TcpStream};
+use model::{Generation, MicrovmState, PortScope};
+use tokio::{io::{AsyncReadExt as _, AsyncWriteExt as _}, net::TcpStream, sync::Notify};
 use tokio_rustls::client::TlsStream;
 use tokio_tungstenite::{
     WebSocketStream,
@@ -290,6 +290,47 @@ async fn a_ping_is_answered_while_the_microvm_sleeps_and_wakes_nobody() {
         assert_eq!(within("the echo", socket.next()).await.unwrap().unwrap(), Message::text("then this"));
         assert_eq!(rig.engine.counts().restores, round + 1);
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_frame_that_the_app_has_begun_is_an_answer_that_it_owes() {
+    const BEGUN: usize = 400;
+    const FRAME: usize = 4 + 1000;
+    let go = Arc::new(Notify::new());
+    let goes_on = go.clone();
+    let app = scripted(move |tcp| {
+        let go = goes_on.clone();
+        async move {
+            let Ok(mut socket) = tokio_tungstenite::accept_async(tcp).await else { return };
+            let mut frame = vec![b'x'; FRAME];
+            frame[..4].copy_from_slice(&[0x82, 126, 0x03, 0xE8]);
+            go.notified().await;
+            socket.get_mut().write_all(&frame[..BEGUN]).await.unwrap();
+            go.notified().await;
+            socket.get_mut().write_all(&frame[BEGUN..]).await.unwrap();
+            while socket.next().await.is_some_and(|message| message.is_ok()) {}
+        }
+    });
+    let rig = Rig::new().await;
+    let vm = rig.microvm(app.await).await;
+    let token = rig.token(&vm, PortScope::All);
+    let (mut socket, _) = open(&rig, &vm, &[], &[("x-aws-proxy-auth", &token)]).await.unwrap();
+    let mut read = vec![0; FRAME];
+    // Not before: the client's library would take it with the answer to its handshake.
+    go.notify_one();
+    within("the half", socket.get_mut().read_exact(&mut read[..BEGUN])).await.unwrap();
+
+    within("the suspend to be taken", vm.handle.suspend()).await.unwrap();
+    within("the wake", vm.handle.wait_until(|view| view.generation == Generation(1) && view.state == MicrovmState::Running)).await;
+    go.notify_one();
+    within("the rest", socket.get_mut().read_exact(&mut read[BEGUN..])).await.unwrap();
+    assert_eq!(&read[..5], [0x82, 126, 0x03, 0xE8, b'x']);
+
+    // It owes nothing now, and sleeps on.
+    rig.suspend(&vm).await;
+    socket.send(Message::Ping("there?".into())).await.unwrap();
+    assert_eq!(within("the pong", socket.next()).await.unwrap().unwrap(), Message::Pong("there?".into()));
+    assert_eq!((vm.state(), rig.engine.counts().restores), (MicrovmState::Suspended, 1));
 }
 
 /// An app that keeps all that it has read until it can be said, as one with a queue between reading and writing does.
