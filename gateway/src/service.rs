@@ -48,7 +48,7 @@ use crate::{
     reply::{Asker, Reason},
     route::Route,
     upstream::{
-        connector::{DialFailure, FailureSlot, Peers, TunnelSlot},
+        connector::{DialFailure, FailureSlot, Peers, TunnelSlot, Woken},
         links::{Link, Speaks, Target},
         transport::Transport,
         tunnel::{self, Way},
@@ -498,7 +498,7 @@ impl ProxyHttp for Service {
         }
         let name = (transport != Transport::Plain).then(|| self.name_inside(session.req_header()));
         let client = Guarded::of(session).map(Guarded::socket);
-        self.peers.peer(target, name, &microvm, &awake, client, &ctx.dial_failure, &ctx.tunnel).map(Box::new)
+        self.peers.peer(target, name, Woken { microvm: &microvm, awake: &awake }, client, &ctx.dial_failure, &ctx.tunnel).map(Box::new)
     }
 
     fn fail_to_connect(&self, _session: &mut Session, _peer: &HttpPeer, ctx: &mut Context, mut error: Box<Error>) -> Box<Error> {

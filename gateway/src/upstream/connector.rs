@@ -92,8 +92,7 @@ impl Peers {
         &self,
         target: Target,
         name: Option<ServerName<'static>>,
-        microvm: &MicrovmHandle,
-        awake: &Arc<Awake>,
+        woken: Woken<'_>,
         client: Option<Socket>,
         failure: &FailureSlot,
         tunnel: &TunnelSlot,
@@ -122,8 +121,8 @@ impl Peers {
             transports: self.transports.clone(),
             target,
             name,
-            microvm: microvm.clone(),
-            awake: awake.clone(),
+            microvm: woken.microvm.clone(),
+            awake: woken.awake.clone(),
             client,
             bounds: Bounds { bytes: limits.max_answer_header_bytes, fields: MAX_FIELDS },
             deadline: limits.dial_deadline,
@@ -132,6 +131,12 @@ impl Peers {
         }));
         Ok(peer)
     }
+}
+
+/// A microVM, and one request's leave to talk to it.
+pub(crate) struct Woken<'a> {
+    pub microvm: &'a MicrovmHandle,
+    pub awake: &'a Arc<Awake>,
 }
 
 /// Dials on behalf of one request.
