@@ -9,13 +9,15 @@ use std::sync::{
 };
 
 use ::config::EdgeLimits;
-use dashmap::DashMap;
 use http::header;
 use model::MicrovmId;
 use pingora_core::protocols::http::ServerSession as HttpSession;
 use pingora_proxy::Session;
 
-use crate::{framing, headers};
+use crate::{
+    framing, headers,
+    tally::{Share, Tally},
+};
 
 /// What a request costs besides its header and body: its task and its place in the wake's queue.
 const BASE: u64 = 8 * 1024;
@@ -38,48 +40,30 @@ pub(crate) fn weight(session: &Session, limits: &EdgeLimits) -> u64 {
 #[derive(Debug, Default)]
 pub(crate) struct Ledger {
     total: AtomicU64,
-    by_microvm: DashMap<MicrovmId, u64>,
+    by_microvm: Arc<Tally<MicrovmId>>,
 }
 
 /// An entry; taken out by its drop.
 #[derive(Debug)]
 pub(crate) struct Held {
     ledger: Arc<Ledger>,
-    microvm: MicrovmId,
     bytes: u64,
+    _own: Share<MicrovmId>,
 }
 
 impl Ledger {
     /// Enters a request, if there is room for it.
     pub fn enter(self: &Arc<Self>, microvm: MicrovmId, bytes: u64, limits: &EdgeLimits) -> Option<Held> {
-        let mut own = self.by_microvm.entry(microvm).or_insert(0);
-        let fits = *own + bytes <= limits.max_held_bytes_per_microvm
-            && self
-                .total
-                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |total| Some(total + bytes).filter(|sum| *sum <= limits.max_held_bytes))
-                .is_ok();
-        if fits {
-            *own += bytes;
-        }
-        let unused = *own == 0;
-        drop(own);
-        if unused {
-            self.by_microvm.remove_if(&microvm, |_, own| *own == 0);
-        }
-        fits.then(|| Held { ledger: self.clone(), microvm, bytes })
+        let own = self.by_microvm.take(microvm, bytes, limits.max_held_bytes_per_microvm)?;
+        let with_it = |total| Some(total + bytes).filter(|sum| *sum <= limits.max_held_bytes);
+        self.total.fetch_update(Ordering::Relaxed, Ordering::Relaxed, with_it).ok()?;
+        Some(Held { ledger: self.clone(), bytes, _own: own })
     }
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
         self.ledger.total.fetch_sub(self.bytes, Ordering::Relaxed);
-        let left = self.ledger.by_microvm.get_mut(&self.microvm).map(|mut own| {
-            *own -= self.bytes;
-            *own
-        });
-        if left == Some(0) {
-            self.ledger.by_microvm.remove_if(&self.microvm, |_, own| *own == 0);
-        }
     }
 }
 

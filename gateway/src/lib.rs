@@ -36,6 +36,7 @@ mod ports;
 mod reply;
 mod route;
 mod service;
+mod tally;
 mod tls;
 mod upstream;
 mod wake;

@@ -52,7 +52,7 @@ pub(crate) async fn serve(
     drain: Drain,
     stop: CancellationToken,
 ) {
-    let crowd = Arc::new(Crowd::default());
+    let crowd = Crowd::default();
     let metrics = guard.metrics.clone();
     let connection = |member| Connection {
         _member: member,

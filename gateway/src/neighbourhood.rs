@@ -13,6 +13,8 @@ use std::{
 
 use dashmap::{DashMap, Entry};
 
+use crate::tally::{Share, Tally};
+
 /// After so many new addresses those are forgotten that have not been heard of for a while.
 const SWEEP: usize = 4096;
 /// What an address may take at once after it was quiet: as much as in this time.
@@ -32,38 +34,16 @@ pub(crate) fn neighbourhood(address: IpAddr) -> IpAddr {
 /// How many connections each address has.
 #[derive(Default)]
 pub(crate) struct Crowd {
-    members: DashMap<IpAddr, usize>,
+    members: Arc<Tally<IpAddr>>,
 }
 
 /// A place of an address in the crowd; given back by its drop.
-pub(crate) struct Member {
-    crowd: Arc<Crowd>,
-    address: IpAddr,
-}
+pub(crate) type Member = Share<IpAddr>;
 
 impl Crowd {
     /// A place for a connection of this address, if it has fewer than `limit`.
-    pub fn admit(self: &Arc<Self>, address: IpAddr, limit: usize) -> Option<Member> {
-        let address = neighbourhood(address);
-        let mut count = self.members.entry(address).or_insert(0);
-        if *count >= limit {
-            return None;
-        }
-        *count += 1;
-        drop(count);
-        Some(Member { crowd: self.clone(), address })
-    }
-}
-
-impl Drop for Member {
-    fn drop(&mut self) {
-        let left = self.crowd.members.get_mut(&self.address).map(|mut count| {
-            *count -= 1;
-            *count
-        });
-        if left == Some(0) {
-            self.crowd.members.remove_if(&self.address, |_, count| *count == 0);
-        }
+    pub fn admit(&self, address: IpAddr, limit: usize) -> Option<Member> {
+        self.members.take(neighbourhood(address), 1, limit as u64)
     }
 }
 
@@ -104,7 +84,7 @@ mod tests {
 
     #[test]
     fn an_address_has_as_many_places_as_the_limit_and_leaves_no_trace() {
-        let crowd = Arc::new(Crowd::default());
+        let crowd = Crowd::default();
         let [a, near_a, b]: [IpAddr; 3] = ["2001:db8::1", "2001:db8::2", "127.0.0.1"].map(|text| text.parse().unwrap());
         let first = crowd.admit(a, 2);
         let second = crowd.admit(near_a, 2);

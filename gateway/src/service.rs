@@ -235,22 +235,27 @@ impl Service {
         }
     }
 
-    /// Takes an answer whose length nobody knows for an open stream once nothing has come of it for [`STREAM_SILENCE`].
-    fn watch(&self, awake: Arc<Awake>) -> Watch {
+    /// Looks so many times within `limit` whether more has come, and does `then` once nothing has for all of it. A look at
+    /// which it is `excused` does not count.
+    fn watch_silence(&self, limit: Duration, looks: u32, excused: impl Fn() -> bool + Send + 'static, then: impl FnOnce() + Send + 'static) -> Watch {
         let progress = Arc::new(AtomicU64::new(0));
         let watched = progress.clone();
         let task = self.peers.links().watch(async move {
-            let mut seen = 0;
-            loop {
-                tokio::time::sleep(STREAM_SILENCE).await;
+            let (mut seen, mut silent) = (0, 0);
+            while silent < looks {
+                tokio::time::sleep(limit / looks).await;
                 let now = watched.load(Ordering::Relaxed);
-                if now == seen {
-                    return awake.streaming();
-                }
+                silent = if now == seen && !excused() { silent + 1 } else { 0 };
                 seen = now;
             }
+            then();
         });
         Watch { progress, _task: AbortOnDropHandle::new(task) }
+    }
+
+    /// Takes an answer whose length nobody knows for an open stream once nothing has come of it for [`STREAM_SILENCE`].
+    fn watch(&self, awake: Arc<Awake>) -> Watch {
+        self.watch_silence(STREAM_SILENCE, 1, || false, move || awake.streaming())
     }
 
     /// Carries a WebSocket from its 101 to its end. The error tells pingora that there is nothing left to do.
@@ -317,27 +322,22 @@ impl Service {
     /// connection to the guest, where it is this request's alone. One that carries other requests too is not cut; there
     /// the microVM is no longer kept awake, as for any other silent stream.
     fn watch_upload(&self, awake: Arc<Awake>, link: Option<Arc<Link>>, cut: Arc<OnceLock<Reason>>) -> Watch {
-        let progress = Arc::new(AtomicU64::new(0));
-        let (watched, deadline) = (progress.clone(), self.limits.load().body_deadline);
-        let task = self.peers.links().watch(async move {
-            let (mut seen, mut silent) = (0, 0);
-            while silent < UPLOAD_LOOKS {
-                tokio::time::sleep(deadline / UPLOAD_LOOKS).await;
-                let now = watched.load(Ordering::Relaxed);
-                // A guest that does not read keeps its client from sending.
-                let waits_for_guest = link.as_ref().is_some_and(|link| link.is_full());
-                silent = if now == seen && !waits_for_guest { silent + 1 } else { 0 };
-                seen = now;
+        // A guest that does not read keeps its client from sending.
+        let waits_for = link.clone();
+        let waits_for_guest = move || waits_for.as_ref().is_some_and(|link| link.is_full());
+        self.watch_silence(self.limits.load().body_deadline, UPLOAD_LOOKS, waits_for_guest, move || match link {
+            Some(link) => {
+                let _ = cut.set(Reason::BodyTimeout);
+                link.cut();
             }
-            match link {
-                Some(link) => {
-                    let _ = cut.set(Reason::BodyTimeout);
-                    link.cut();
-                }
-                None => awake.streaming(),
-            }
-        });
-        Watch { progress, _task: AbortOnDropHandle::new(task) }
+            None => awake.streaming(),
+        })
+    }
+
+    /// There is nobody left to answer.
+    fn gone(ctx: &mut Context) -> Box<Error> {
+        ctx.client_left = true;
+        Error::new_down(ErrorType::ConnectionClosed)
     }
 
     fn fail(ctx: &mut Context, reason: Reason) -> Box<Error> {
@@ -408,10 +408,7 @@ impl ProxyHttp for Service {
                 self.refuse(session, ctx, reason, Afterwards::Close).await?;
                 return Ok(true);
             }
-            Err(NotAwake::ClientLeft) => {
-                ctx.client_left = true;
-                return Err(Error::new_down(ErrorType::ConnectionClosed));
-            }
+            Err(NotAwake::ClientLeft) => return Err(Self::gone(ctx)),
         }
         let request = session.req_header();
         let permit = self
@@ -430,10 +427,7 @@ impl ProxyHttp for Service {
                 self.refuse(session, ctx, reason, Afterwards::KeepIfClean).await?;
                 Ok(true)
             }
-            Err(NotAwake::ClientLeft) => {
-                ctx.client_left = true;
-                Err(Error::new_down(ErrorType::ConnectionClosed))
-            }
+            Err(NotAwake::ClientLeft) => Err(Self::gone(ctx)),
         }
     }
 
@@ -442,10 +436,7 @@ impl ProxyHttp for Service {
             match self.wake(session, ctx).await {
                 Ok(()) => {}
                 Err(NotAwake::Refused(reason)) => return Err(Self::fail(ctx, reason)),
-                Err(NotAwake::ClientLeft) => {
-                    ctx.client_left = true;
-                    return Err(Error::new_down(ErrorType::ConnectionClosed));
-                }
+                Err(NotAwake::ClientLeft) => return Err(Self::gone(ctx)),
             }
         }
         let (Some(awake), Some(permit)) = (&ctx.awake, &ctx.permit) else {
@@ -490,10 +481,7 @@ impl ProxyHttp for Service {
             ctx.turn = tokio::select! {
                 biased;
                 turn = self.peers.turns().take(target) => Some(turn),
-                () = client_left(session) => {
-                    ctx.client_left = true;
-                    return Err(Error::new_down(ErrorType::ConnectionClosed));
-                }
+                () = client_left(session) => return Err(Self::gone(ctx)),
             };
         }
         let name = (transport != Transport::Plain).then(|| self.name_inside(session.req_header()));

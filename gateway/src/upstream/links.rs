@@ -307,8 +307,9 @@ impl Tied {
         let mut state = self.link.state();
         // What a connection without a request has to say (HTTP/2 says good-bye) is not worth a wake.
         if state.in_use == 0 && state.uses > 0 && state.guest.is_some() && (self.link.asleep)() {
-            state.guest = None;
-            state.reader.take().into_iter().for_each(Waker::wake);
+            drop(state);
+            self.link.cut();
+            return Poll::Ready(Err(cut()));
         }
         let Some((guest, _)) = &mut state.guest else { return Poll::Ready(Err(cut())) };
         let written = poll(Pin::new(guest), cx);

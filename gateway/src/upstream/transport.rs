@@ -87,7 +87,7 @@ impl Transports {
         name: impl FnOnce() -> ServerName<'static>,
     ) -> Result<Transport, DialFailure> {
         let key = (microvm.id(), port);
-        if let Some(transport) = self.known.get(&key).and_then(|cell| cell.get().copied()) {
+        if let Some(transport) = self.known(key.0, key.1) {
             return Ok(transport);
         }
         if self.known.len() >= KNOWN {
