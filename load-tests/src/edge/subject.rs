@@ -69,6 +69,8 @@ pub struct Subject {
     pub host: String,
     /// Token of a request, for the gateway.
     pub token: Option<String>,
+    /// Its certificate, which clients trust.
+    pub certificate: PathBuf,
     dir: PathBuf,
     process: Running,
 }
@@ -162,7 +164,7 @@ impl Bench {
             }
         };
         wait_for(kind.name(), &said, || TcpStream::connect(address).is_ok())?;
-        Ok(Subject { name: kind.name().to_owned(), address, host, token, dir, process })
+        Ok(Subject { name: kind.name().to_owned(), address, host, token, certificate: self.dir.join("cert.pem"), dir, process })
     }
 
     fn nginx_proxy(&self, dir: &Path, address: SocketAddr, access_log: &str) -> String {

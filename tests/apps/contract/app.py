@@ -8,16 +8,16 @@ import hashlib
 import json
 import queue
 import socket
-import socketserver
 import struct
 import threading
 from concurrent import futures
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qs, urlsplit
 
 import grpc
 
 import websocket
+from server import Server
 
 BLOCK = bytes(range(256)) * 4096  # 1 MiB
 lock = threading.Lock()
@@ -239,16 +239,6 @@ def chat(requests, context):
         entry |= {"messages": number, "sha256": digest.hexdigest()}
         yield b"%d:" % number + request
     entry["done"] += 1
-
-
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 512
-
-    def server_bind(self):
-        # HTTPServer asks the resolver for its own name here, and a guest without DNS waits for the answer.
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = "guest", self.server_address[1]
 
 
 def main():

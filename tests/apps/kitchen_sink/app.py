@@ -5,14 +5,14 @@ It keeps its state in memory on purpose: what is still there after a sleep came 
 import hashlib
 import json
 import os
-import socketserver
 import threading
 import time
 import uuid
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qs, urlsplit
 
 import websocket
+from server import Server
 
 STARTED = time.time()
 # Made once before the snapshot: every clone of the image shows the same one, a restarted process would show another.
@@ -205,17 +205,6 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
         # After the answer is on its way: a process that ends at once may take the last bytes with it.
         threading.Timer(0.2, os._exit, [int(self.query.get("code", "0"))]).start()
-
-
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
-    # Fifty requests may arrive in the same instant after a wake.
-    request_queue_size = 512
-
-    def server_bind(self):
-        # HTTPServer asks the resolver for its own name here, and a guest without DNS waits for the answer.
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = "guest", self.server_address[1]
 
 
 def main(address="0.0.0.0", port=8080, second_port=9000):

@@ -24,8 +24,8 @@ RESTLESS = PATIENT | {"maxIdleDurationSeconds": 1}
 
 def build_image(node, wheels):
     """The image of apps/contract; `wheels` is a directory with grpcio, unpacked (see harness/images.py)."""
-    websocket = (APPS / "kitchen_sink" / "websocket.py").read_text()
-    return build(node, "contract", zip_of(APPS / "contract", wheels, **{"websocket.py": websocket}))
+    shared = {name: (APPS / "kitchen_sink" / name).read_text() for name in ("server.py", "websocket.py")}
+    return build(node, "contract", zip_of(APPS / "contract", wheels, **shared))
 
 
 def run(node, image, plan):
