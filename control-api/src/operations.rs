@@ -9,6 +9,7 @@ mod get_image;
 mod get_image_build;
 mod get_image_version;
 mod get_microvm;
+mod hooks;
 mod image_body;
 mod list_image_builds;
 mod list_image_versions;

@@ -196,6 +196,7 @@ impl Inner {
             memory: request.memory,
             created_at: now,
             updated_at: now,
+            hooks: request.hooks,
             request: request.request.clone(),
             ready_port: None,
         };

@@ -53,6 +53,9 @@ impl Workspace {
     pub fn root_disk(&self) -> PathBuf {
         self.dir.join("root.raw")
     }
+    pub fn validation(&self) -> PathBuf {
+        self.dir.join("validation")
+    }
 }
 
 /// What every step of a build is given.

@@ -21,7 +21,7 @@ mod sandbox;
 
 use std::{collections::BTreeMap, path::PathBuf, time::SystemTime};
 
-use model::{ImageName, ImageVersion, MemorySize, Shape};
+use model::{Hooks, ImageName, ImageVersion, MemorySize, Shape};
 
 pub use base::{BaseError, ensure_base};
 pub use catalog::Catalog;
@@ -61,6 +61,8 @@ pub struct BuildRequest {
     pub memory: MemorySize,
     /// Variables added to the image's ENV.
     pub environment: BTreeMap<String, String>,
+    /// Which hooks of the app are called, by the build and by the microVMs of the image.
+    pub hooks: Option<Hooks>,
     /// Opaque to the builder: what the API wants to remember of the request (roles, description, tags …), as JSON.
     pub request: serde_json::Value,
 }
@@ -98,9 +100,12 @@ pub struct ImageRecord {
     pub created_at: SystemTime,
     /// When the state last changed.
     pub updated_at: SystemTime,
+    /// As in [`BuildRequest::hooks`].
+    #[serde(default)]
+    pub hooks: Option<Hooks>,
     /// As in [`BuildRequest::request`].
     pub request: serde_json::Value,
-    /// The first exposed port that listened when the snapshot was taken.
+    /// The first exposed port that listened when the snapshot was taken; the hook port if it was `/ready` that said so.
     pub ready_port: Option<model::Port>,
 }
 

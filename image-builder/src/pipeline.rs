@@ -4,7 +4,10 @@
 //!
 //! ```text
 //! artifact ──► context ──► Dockerfile ──► container image ──► root disk + AppSpec ──► booted guest ──► ready ──► snapshot
+//!                                                                                        (/validate, on a clone) ◄──┘
 //! ```
+//!
+//! Ready is what the app's `/ready` hook says, if it has one; without, an app that listens.
 
 use std::{
     io::{Read, Seek, SeekFrom},
@@ -13,11 +16,12 @@ use std::{
     time::Duration,
 };
 
-use model::{Port, Shape};
+use hooks::{HookFailed, Outcome};
+use model::{Hook, Hooks, MicrovmId, Port, Shape};
 use protocol::agent::AppSpec;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use vmm_runtime::engine::{BootSpec, Engine, EngineError, Exit, Vm};
+use vmm_runtime::engine::{BootSpec, Engine, EngineError, Exit, LaunchSpec, Vm};
 
 use crate::{
     BuildRequest,
@@ -29,6 +33,7 @@ use crate::{
     failure::{self, Stop},
     image_config,
     rootfs,
+    sandbox,
 };
 
 /// Where an engine keeps what the app printed, below the directory of a boot. An engine that does not is no trouble.
@@ -82,7 +87,19 @@ pub(crate) async fn run(inputs: Inputs<'_>) -> Result<Port, Stop> {
     for (name, value) in &request.environment {
         image_config::set(&mut root.app.env, name, value);
     }
-    boot_and_capture(engine, workspace, log, label, shape, root.app, snapshot, ready_timeout, cancel).await
+    let app = root.app;
+    let mut guest = Guest { engine, workspace, log, app: &app, hooks: request.hooks, cancel };
+    let port = guest.boot_and_capture(label, shape, snapshot.clone(), ready_timeout).await?;
+    if let Some(hooks) = request.hooks.filter(|hooks| hooks.validate.is_some())
+        && let Err(stop) = guest.validate(&hooks, &snapshot).await
+    {
+        // What is not valid is not there.
+        if let Err(error) = sandbox::remove_dir(snapshot.clone()).await {
+            tracing::warn!(path = %snapshot.display(), %error, "a snapshot that is not valid cannot be removed");
+        }
+        return Err(stop);
+    }
+    Ok(port)
 }
 
 async fn unpack(request: &BuildRequest, context: &Path, cancel: &CancellationToken) -> Result<Dockerfile, Stop> {
@@ -96,38 +113,54 @@ async fn unpack(request: &BuildRequest, context: &Path, cancel: &CancellationTok
     unpacked.await.unwrap_or_else(|error| Err(failure::internal(format!("unpacking the archive ended unexpectedly: {error}"))))
 }
 
-#[expect(clippy::too_many_arguments, reason = "the second half of one function, called once")]
-async fn boot_and_capture(
-    engine: &Arc<dyn Engine>,
-    workspace: &Workspace,
-    log: &mut BuildLog,
-    label: String,
-    shape: Shape,
-    app: AppSpec,
-    snapshot: PathBuf,
-    ready_timeout: Duration,
-    cancel: &CancellationToken,
-) -> Result<Port, Stop> {
-    let step = Instant::now();
-    log.note(&format!("Starting {} in a microVM of {} MiB.", shown_command(&app), shape.memory_mib));
-    let spec = BootSpec { name: label, dir: workspace.boot(), root_disk: workspace.root_disk(), shape, app: app.clone() };
-    let app_log = workspace.boot().join(APP_LOG);
-    // Dropping a boot that is under way ends its guest: that is what a cancel needs.
-    let vm = tokio::select! {
-        booted = engine.boot(spec) => booted.map_err(|error| engine_failure(&error, &app, &copy_app_log(&app_log, log)))?,
-        () = cancel.cancelled() => return Err(Stop::Cancelled),
-    };
-    let captured = async {
-        let ready = tokio::select! {
-            ready = vm.ready(ready_timeout) => ready,
-            () = cancel.cancelled() => return Err(Stop::Cancelled),
-        };
-        let output = copy_app_log(&app_log, log);
-        let port = ready.map_err(|error| engine_failure(&error, &app, &output))?;
-        log.note(&format!("The app listens on port {port} ({:.1} s).", step.elapsed().as_secs_f64()));
+/// The second half of a build: what is done with a guest.
+struct Guest<'a> {
+    engine: &'a Arc<dyn Engine>,
+    workspace: &'a Workspace,
+    log: &'a mut BuildLog,
+    app: &'a AppSpec,
+    hooks: Option<Hooks>,
+    cancel: &'a CancellationToken,
+}
+
+impl Guest<'_> {
+    async fn boot_and_capture(&mut self, label: String, shape: Shape, snapshot: PathBuf, ready_timeout: Duration) -> Result<Port, Stop> {
         let step = Instant::now();
-        let image = capture(engine, &vm, snapshot, cancel).await?.map_err(|error| engine_failure(&error, &app, &output))?;
-        log.note(&format!(
+        self.log.note(&format!("Starting {} in a microVM of {} MiB.", shown_command(self.app), shape.memory_mib));
+        let boot = self.workspace.boot();
+        let spec = BootSpec { name: label, dir: boot.clone(), root_disk: self.workspace.root_disk(), shape, app: self.app.clone() };
+        // Dropping a boot that is under way ends its guest: that is what a cancel needs.
+        let booted = self.unless_cancelled(self.engine.boot(spec)).await?;
+        let vm = booted.map_err(|error| engine_failure(&error, self.app, &copy_app_log(&boot, self.log)))?;
+        let captured = self.capture_when_ready(&vm, step, snapshot, ready_timeout).await;
+        if captured.is_err() {
+            vm.kill().await;
+        }
+        captured
+    }
+
+    async fn capture_when_ready(&mut self, vm: &Arc<dyn Vm>, booted: Instant, snapshot: PathBuf, ready_timeout: Duration) -> Result<Port, Stop> {
+        let boot = self.workspace.boot();
+        let (port, output) = match self.hooks.filter(|hooks| hooks.ready.is_some()) {
+            Some(hooks) => {
+                let called = self.unless_cancelled(hooks::call(vm.as_ref(), &hooks, Hook::Ready, None)).await?;
+                let output = copy_app_log(&boot, self.log);
+                called.map_err(|failed| self.hook_failure(failed, &output))?;
+                self.log.note(&format!("The app's ready hook answered 200 ({:.1} s).", booted.elapsed().as_secs_f64()));
+                (hooks.port, output)
+            }
+            None => {
+                let ready = self.unless_cancelled(vm.ready(ready_timeout)).await?;
+                let output = copy_app_log(&boot, self.log);
+                let port = ready.map_err(|error| engine_failure(&error, self.app, &output))?;
+                self.log.note(&format!("The app listens on port {port} ({:.1} s).", booted.elapsed().as_secs_f64()));
+                (port, output)
+            }
+        };
+        let step = Instant::now();
+        let captured = self.unless_cancelled(self.engine.capture_image(Arc::clone(vm), snapshot)).await?;
+        let image = captured.map_err(|error| engine_failure(&error, self.app, &output))?;
+        self.log.note(&format!(
             "The snapshot was taken: {} MiB of memory, {} MiB of disk ({:.1} s).",
             image.memory_bytes >> 20,
             image.disk_bytes >> 20,
@@ -135,29 +168,44 @@ async fn boot_and_capture(
         ));
         Ok(port)
     }
-    .await;
-    if captured.is_err() {
+
+    /// Asks a clone of the snapshot whether it is good, and throws it away.
+    async fn validate(&mut self, hooks: &Hooks, snapshot: &Path) -> Result<(), Stop> {
+        let step = Instant::now();
+        let dir = self.workspace.validation();
+        std::fs::create_dir_all(&dir).map_err(|error| failure::internal(format!("making {} failed: {error}", dir.display())))?;
+        // The variables that a microVM is told at its start are in the image already.
+        let spec = LaunchSpec { id: MicrovmId::random(), dir: dir.clone(), image_dir: snapshot.to_owned(), identity: Default::default() };
+        let launched = self.unless_cancelled(self.engine.launch(spec)).await?;
+        let vm = launched.map_err(|error| engine_failure(&error, self.app, &copy_app_log(&dir, self.log)))?.vm;
+        let called = self.unless_cancelled(hooks::call(vm.as_ref(), hooks, Hook::Validate, None)).await;
         vm.kill().await;
+        let output = copy_app_log(&dir, self.log);
+        called?.map_err(|failed| self.hook_failure(failed, &output))?;
+        self.log.note(&format!("The app's validate hook answered 200 on a clone of the snapshot ({:.1} s).", step.elapsed().as_secs_f64()));
+        Ok(())
     }
-    captured
+
+    fn hook_failure(&mut self, failed: HookFailed, output: &Tail) -> Stop {
+        if let Outcome::Ended(exit) = failed.outcome {
+            return engine_failure(&EngineError::Ended { step: "a hook", exit }, self.app, output);
+        }
+        self.log.note(&format!("The {} hook did not answer 200 within {} s: {}.", failed.hook.name(), failed.limit.as_secs(), failed.detail()));
+        failure::container_build(failed.of_build())
+    }
+
+    async fn unless_cancelled<T>(&self, work: impl Future<Output = T>) -> Result<T, Stop> {
+        tokio::select! {
+            done = work => Ok(done),
+            () = self.cancel.cancelled() => Err(Stop::Cancelled),
+        }
+    }
 }
 
-async fn capture(
-    engine: &Arc<dyn Engine>,
-    vm: &Arc<dyn Vm>,
-    snapshot: PathBuf,
-    cancel: &CancellationToken,
-) -> Result<Result<vmm_runtime::engine::ImageSnapshot, EngineError>, Stop> {
-    tokio::select! {
-        captured = engine.capture_image(Arc::clone(vm), snapshot) => Ok(captured),
-        () = cancel.cancelled() => Err(Stop::Cancelled),
-    }
-}
-
-/// Appends what the app printed to the build log, and keeps the end of it.
-fn copy_app_log(path: &Path, log: &mut BuildLog) -> Tail {
+/// Appends what the app of a guest printed to the build log, and keeps the end of it.
+fn copy_app_log(guest_dir: &Path, log: &mut BuildLog) -> Tail {
     let mut tail = Tail::default();
-    let Ok(mut file) = std::fs::File::open(path) else { return tail };
+    let Ok(mut file) = std::fs::File::open(guest_dir.join(APP_LOG)) else { return tail };
     let skipped = file.metadata().map(|metadata| metadata.len().saturating_sub(APP_LOG_BYTES)).unwrap_or(0);
     let mut bytes = Vec::new();
     if file.seek(SeekFrom::Start(skipped)).and_then(|_| file.take(APP_LOG_BYTES).read_to_end(&mut bytes)).is_err() {

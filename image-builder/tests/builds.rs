@@ -2,11 +2,16 @@
 
 mod support;
 
-use std::{sync::Arc, sync::atomic::Ordering, time::Duration};
+use std::{
+    collections::VecDeque,
+    sync::{Arc, Mutex, atomic::Ordering},
+    time::Duration,
+};
 
-use image_builder::{Artifact, BuildState, Catalog, CatalogError};
-use model::ImageVersion;
+use image_builder::{Artifact, BuildRequest, BuildState, Catalog, CatalogError};
+use model::{Hook, Hooks, ImageVersion};
 use support::{Bench, can_build, config, image, port, processes_of, request, within, zip};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio_util::sync::CancellationToken;
 
 /// The article's app, unchanged.
@@ -281,4 +286,72 @@ async fn a_damaged_record_hides_one_image_and_no_other() {
     let refused = catalog.create(request("broken", Artifact::Directory("/nowhere".into()))).await;
     assert!(matches!(refused, Err(CatalogError::Storage { .. })), "its directory is not overwritten");
     assert_eq!(std::fs::read_to_string(images.join("broken/1.0/record.json")).unwrap(), "{");
+}
+
+/// An app whose hooks answer these statuses, one after the other; the paths it was asked for.
+async fn hook_app(bench: &Bench, statuses: &[u16]) -> Arc<Mutex<Vec<String>>> {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    bench.engine.inner.listen(port(9000), listener.local_addr().unwrap());
+    let (mut statuses, asked) = (VecDeque::from(statuses.to_vec()), Arc::new(Mutex::new(Vec::new())));
+    let heard = Arc::clone(&asked);
+    tokio::spawn(async move {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut request = vec![0; 4096];
+            let n = stream.read(&mut request).await.unwrap();
+            let request = String::from_utf8_lossy(&request[..n]).into_owned();
+            heard.lock().unwrap().push(request.split(' ').nth(1).unwrap().rsplit('/').next().unwrap().to_owned());
+            let answer = format!("HTTP/1.1 {} x\r\ncontent-length: 0\r\n\r\n", statuses.pop_front().unwrap_or(599));
+            stream.write_all(answer.as_bytes()).await.unwrap();
+        }
+    });
+    asked
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hooks_say_when_a_snapshot_is_taken_and_whether_it_is_good() {
+    if !can_build() {
+        return;
+    }
+    let bench = Bench::new().await;
+    let artifact = bench.dir.path().join("code.zip");
+    std::fs::write(&artifact, zip(&[("Dockerfile", "FROM debian:bookworm-slim\nCMD [\"sleep\", \"9\"]\n")])).unwrap();
+    let mut hooks = Hooks::none(port(9000));
+    hooks.enable(Hook::Ready, Duration::from_secs(60));
+    hooks.enable(Hook::Validate, Duration::from_secs(60));
+    let build = async |name: &str, hooks| {
+        let request = BuildRequest { hooks: Some(hooks), ..request(name, Artifact::Zip(artifact.clone())) };
+        let record = bench.catalog.create(request).await.unwrap();
+        within(bench.catalog.finished(&record.name, record.version)).await.unwrap()
+    };
+    let snapshot = |name: &str| bench.catalog.snapshot_dir(&image(name), ImageVersion::FIRST);
+
+    let asked = hook_app(&bench, &[503, 503, 200, 503, 200]).await;
+    let record = build("good", hooks).await;
+    assert_eq!((record.state, record.failure.clone()), (BuildState::Successful, None), "{}", bench.log("good"));
+    assert_eq!((record.ready_port, record.hooks), (Some(port(9000)), Some(hooks)));
+    assert_eq!(*asked.lock().unwrap(), ["ready", "ready", "ready", "validate", "validate"]);
+    let counts = bench.engine.inner.counts();
+    assert_eq!((counts.captures, counts.launches, bench.engine.inner.running().len()), (1, 1, 0), "a clone was asked, and thrown away");
+    assert!(bench.log("good").contains("The app's validate hook answered 200 on a clone of the snapshot"));
+
+    // Not good: there is no such snapshot.
+    hook_app(&bench, &[200, 500]).await;
+    let record = build("invalid", hooks).await;
+    assert_eq!(record.state, BuildState::Failed);
+    assert_eq!(record.failure.unwrap().message, "Validate hook check failed: the application returned a server error (HTTP 5xx) response");
+    assert!(!snapshot("invalid").exists() && bench.engine.inner.running().is_empty());
+
+    // Never asked whether it is good.
+    let asked = hook_app(&bench, &[500, 200, 200]).await;
+    let record = build("never-ready", hooks).await;
+    assert_eq!(record.failure.unwrap().message, "Ready hook check failed: the application returned a server error (HTTP 5xx) response");
+    assert_eq!(*asked.lock().unwrap(), ["ready"]);
+    assert!(!snapshot("never-ready").exists());
+
+    bench.engine.inner.unlisten(port(9000));
+    let record = build("deaf", Hooks { ready: Some(Duration::from_secs(1)), ..hooks }).await;
+    assert_eq!(record.failure.unwrap().message, "Ready hook invocation timed out after PT1S");
+    assert!(bench.log("deaf").contains("The ready hook did not answer 200 within 1 s: nobody listened on the hook port."));
+    bench.assert_clean();
 }

@@ -1,11 +1,12 @@
 //! The nouns every piece of Dormouse shares.
 //!
-//! Owns: ids, public states, ports and port scopes, the idle policy, the clock trait, how an error is put into words. Never does I/O, never reads the
+//! Owns: ids, public states, ports and port scopes, the idle policy, lifecycle hooks, the clock trait, how an error is put into words. Never does I/O, never reads the
 //! time by itself, knows nothing of engines, sockets or HTTP.
 #![forbid(unsafe_code)]
 
 pub mod chain;
 pub mod clock;
+pub mod hooks;
 pub mod ids;
 pub mod policy;
 pub mod port;
@@ -14,6 +15,7 @@ pub mod state;
 
 pub use chain::chain;
 pub use clock::{Clock, SystemClock};
+pub use hooks::{Hook, Hooks, RunPayload};
 pub use ids::{EndpointId, Generation, ImageName, ImageVersion, MicrovmId, ParseIdError};
 pub use policy::{IdlePolicy, MAX_DURATION};
 pub use port::{Port, PortRange, PortScope};

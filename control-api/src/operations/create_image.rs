@@ -8,7 +8,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::{
-    Api,
+    Api, hooks,
     image_body::{self, Remembered},
     read,
 };
@@ -71,7 +71,8 @@ pub(super) async fn call(api: &Api, input: Value) -> Result<Answer, ApiError> {
 async fn create(api: &Api, parsed: Input, mut input: Value) -> Result<Answer, ApiError> {
     let base_version = base(api, &parsed)?;
     let memory = memory(&parsed)?;
-    hooks(&parsed)?;
+    let hooks = hooks::read(parsed.hooks.as_ref())?;
+    hooks::refuse_uncalled(hooks)?;
     if let Some(other) = parsed.cpu_configurations.iter().flatten().find(|cpu| cpu.architecture != ARCHITECTURE) {
         return Err(ApiError::validation(format!(
             "cpuConfigurations: this node builds {ARCHITECTURE} images and not {}; leave the member out or ask for {ARCHITECTURE}",
@@ -104,6 +105,7 @@ async fn create(api: &Api, parsed: Input, mut input: Value) -> Result<Answer, Ap
         artifact: located.artifact,
         memory,
         environment,
+        hooks,
         request: serde_json::to_value(remembered).map_err(|cause| ApiError::internal("writing down a request", &cause))?,
     };
     match api.parts.images.create(request).await {
@@ -149,18 +151,4 @@ fn memory(input: &Input) -> Result<MemorySize, ApiError> {
             MemorySize::SUPPORTED_MIB
         ))
     })
-}
-
-/// A hook that is enabled and never called would break the app that waits for it.
-fn hooks(input: &Input) -> Result<(), ApiError> {
-    let groups = ["microvmHooks", "microvmImageHooks"];
-    let hooks = input.hooks.iter().flat_map(|hooks| groups.iter().map(move |group| (*group, &hooks[*group])));
-    let members = hooks.filter_map(|(group, hooks)| Some((group, hooks.as_object()?)));
-    let enabled: Vec<String> = members
-        .flat_map(|(group, hooks)| hooks.iter().filter(|(_, state)| *state == "ENABLED").map(move |(hook, _)| format!("hooks.{group}.{hook}")))
-        .collect();
-    if enabled.is_empty() {
-        return Ok(());
-    }
-    Err(ApiError::validation(format!("This node does not call lifecycle hooks yet; set them to DISABLED: {}", enabled.join(", "))))
 }

@@ -69,6 +69,7 @@ impl Images for ScriptedImages {
             memory: request.memory,
             created_at: now,
             updated_at: now,
+            hooks: request.hooks,
             request: request.request.clone(),
             ready_port: None,
         };
