@@ -9,6 +9,11 @@ pub(crate) const MANAGED_IMAGE: &str = "al2023-1";
 /// The managed image's versions.
 pub(crate) const MANAGED_VERSIONS: [ImageVersion; 2] = [ImageVersion { major: 0, minor: 0 }, ImageVersion { major: 1, minor: 0 }];
 
+/// The managed ingress connectors (aws-behaviour §6).
+pub(crate) const INGRESS: [&str; 4] = ["HTTP_INGRESS", "ALL_INGRESS", "SHELL_INGRESS", "NO_INGRESS"];
+/// The managed egress connectors.
+pub(crate) const EGRESS: [&str; 1] = ["INTERNET_EGRESS"];
+
 /// Where the node says it is.
 #[derive(Debug, Clone)]
 pub(crate) struct Place {

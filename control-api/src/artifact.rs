@@ -1,9 +1,13 @@
 //! Where the code of an image lies on this host.
 //!
 //! Owns: the forms of a codeArtifact URI: `s3://bucket/key` in the embedded S3, and `file:///path` where the operator
-//! allows it. Never leaves the bucket: a key is taken apart and may not climb.
+//! allows it. Never leaves the bucket: a key is taken apart and may not climb. Never reads the node's own data, by whatever
+//! name.
 
-use std::path::{Component, Path, PathBuf};
+use std::{
+    io,
+    path::{Component, Path, PathBuf},
+};
 
 use image_builder::Artifact;
 use percent_encoding::percent_decode_str;
@@ -19,13 +23,13 @@ pub(crate) struct Located {
     pub(crate) missing: Option<&'static str>,
 }
 
-/// Finds the code that a URI names.
-pub(crate) fn locate(uri: &str, s3_dir: &Path, allow_files: bool) -> Result<Located, ApiError> {
+/// Finds the code that a URI names. Files of the host are taken if `files_but` is given, but none in that directory.
+pub(crate) fn locate(uri: &str, s3_dir: &Path, files_but: Option<&Path>) -> Result<Located, ApiError> {
     if let Some(rest) = uri.strip_prefix("s3://") {
         return in_s3(rest, s3_dir);
     }
-    if let Some(path) = uri.strip_prefix("file://").filter(|_| allow_files) {
-        return on_host(path);
+    if let (Some(path), Some(data_dir)) = (uri.strip_prefix("file://"), files_but) {
+        return on_host(path, data_dir);
     }
     Err(malformed())
 }
@@ -53,17 +57,27 @@ fn in_s3(rest: &str, s3_dir: &Path) -> Result<Located, ApiError> {
     Ok(Located { artifact: Artifact::Zip(object), missing })
 }
 
-fn on_host(path: &str) -> Result<Located, ApiError> {
+fn on_host(path: &str, data_dir: &Path) -> Result<Located, ApiError> {
     let path = PathBuf::from(percent_decode_str(path).decode_utf8().map_err(|_| malformed())?.as_ref());
     if !path.is_absolute() || path.as_os_str().as_encoded_bytes().contains(&0) {
         return Err(ApiError::validation("CodeArtifact URI must name an absolute path of this host: file:///<path>"));
     }
     let shown = path.display();
-    match std::fs::metadata(&path) {
-        Ok(about) if about.is_dir() => Ok(Located { artifact: Artifact::Directory(path), missing: None }),
-        Ok(about) if about.is_file() => Ok(Located { artifact: Artifact::Zip(path), missing: None }),
-        Ok(_) => Err(ApiError::validation(format!("CodeArtifact {shown} is neither a directory nor a zip file"))),
-        Err(cause) => Err(ApiError::validation(format!("CodeArtifact {shown} cannot be read on the host of this node: {cause}"))),
+    let unreadable = |cause: io::Error| ApiError::validation(format!("CodeArtifact {shown} cannot be read on the host of this node: {cause}"));
+    // Links are followed here, once; the builder is given the place they led to, and follows none inside it.
+    let place = path.canonicalize().map_err(unreadable)?;
+    let data = data_dir.canonicalize().map_err(|cause| ApiError::internal("looking for the node's data directory", &cause))?;
+    let about = std::fs::metadata(&place).map_err(unreadable)?;
+    // The keys of the node, its tokens' key and other people's images lie there.
+    if place.starts_with(&data) || (about.is_dir() && data.starts_with(&place)) {
+        return Err(ApiError::validation(format!("CodeArtifact {shown} lies in the data directory of this node, or holds it; copy the code elsewhere")));
+    }
+    if about.is_dir() {
+        Ok(Located { artifact: Artifact::Directory(place), missing: None })
+    } else if about.is_file() {
+        Ok(Located { artifact: Artifact::Zip(place), missing: None })
+    } else {
+        Err(ApiError::validation(format!("CodeArtifact {shown} is neither a directory nor a zip file")))
     }
 }
 
@@ -79,7 +93,7 @@ mod tests {
         fs::create_dir_all(dir.path().join("code/a")).unwrap();
         fs::write(dir.path().join("code/a/app.zip"), "zip").unwrap();
         fs::write(dir.path().join("outside"), "secret").unwrap();
-        let locate = |uri: &str| locate(uri, dir.path(), true);
+        let locate = |uri: &str| locate(uri, dir.path(), Some(Path::new("/nowhere")));
         for (uri, missing) in [
             ("s3://code/a/app.zip", None),
             ("s3://code/a", Some("S3_NO_SUCH_KEY")),
@@ -100,16 +114,46 @@ mod tests {
 
     #[test]
     fn files_of_the_host_are_taken_only_where_that_is_allowed() {
-        let dir = tempfile::tempdir().unwrap();
-        let zip = dir.path().join("my app.zip");
+        let (code, data) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let zip = code.path().join("my app.zip");
         fs::write(&zip, "zip").unwrap();
-        let directory = format!("file://{}", dir.path().display());
-        let s3 = Path::new("/nowhere");
-        assert!(matches!(locate(&directory, s3, true).unwrap().artifact, Artifact::Directory(path) if path == dir.path()));
-        assert!(matches!(locate(&format!("{directory}/my%20app.zip"), s3, true).unwrap().artifact, Artifact::Zip(path) if path == zip));
+        let directory = format!("file://{}", code.path().display());
+        let locate = |uri: &str| locate(uri, Path::new("/nowhere"), Some(data.path()));
+        assert!(matches!(locate(&directory).unwrap().artifact, Artifact::Directory(path) if path == code.path()));
+        assert!(matches!(locate(&format!("{directory}/my%20app.zip")).unwrap().artifact, Artifact::Zip(path) if path == zip));
         for (uri, told) in [("file://relative", "absolute"), ("file:///nowhere/at/all", "cannot be read"), ("file:///dev/null", "neither")] {
-            assert!(locate(uri, s3, true).unwrap_err().message.unwrap().contains(told), "{uri}");
+            assert!(locate(uri).unwrap_err().message.unwrap().contains(told), "{uri}");
         }
-        assert!(locate(&directory, s3, false).unwrap_err().message.unwrap().contains("valid S3 URI"));
+        assert!(super::locate(&directory, Path::new("/nowhere"), None).unwrap_err().message.unwrap().contains("valid S3 URI"));
+    }
+
+    #[test]
+    fn the_data_of_the_node_is_no_code_by_whatever_name() {
+        let (code, root) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let data = root.path().join("data");
+        fs::create_dir_all(data.join("images/other")).unwrap();
+        fs::write(data.join("credentials"), "secret").unwrap();
+        fs::create_dir(root.path().join("data-of-mine")).unwrap();
+        std::os::unix::fs::symlink(&data, code.path().join("link")).unwrap();
+        std::os::unix::fs::symlink(data.join("credentials"), code.path().join("app.zip")).unwrap();
+        let (code, root) = (code.path().display(), root.path().display());
+        let locate = |uri: String| locate(&uri, Path::new("/nowhere"), Some(&data));
+        for uri in [
+            format!("file://{root}/data"),
+            format!("file://{root}/data/credentials"),
+            format!("file://{root}/data/images/other"),
+            format!("file://{root}/data-of-mine/../data"),
+            format!("file://{root}"),
+            "file:///".to_owned(),
+            format!("file://{code}/link"),
+            format!("file://{code}/link/images"),
+            format!("file://{code}/app.zip"),
+            format!("file://{root}/data%2Fcredentials"),
+        ] {
+            assert!(locate(uri.clone()).unwrap_err().message.unwrap().contains("data directory"), "{uri}");
+        }
+        for uri in [format!("file://{code}"), format!("file://{root}/data-of-mine")] {
+            assert!(locate(uri.clone()).is_ok(), "{uri}");
+        }
     }
 }

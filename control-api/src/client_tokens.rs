@@ -22,10 +22,11 @@ use tokio::sync::Mutex;
 
 use crate::{
     OpenError,
+    caller::Caller,
     reply::{Answer, ApiError, ErrorKind},
 };
 
-/// `<operation>/<token>` → [`Entry`] as JSON.
+/// `<access key id>/<operation>/<token>` → [`Entry`] as JSON.
 const ENTRIES: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("client_tokens");
 /// Longer than any microVM lives; AWS's own retention is not known (aws-behaviour §3.4).
 const KEPT: Duration = Duration::from_secs(7 * 24 * 60 * 60);
@@ -60,9 +61,10 @@ pub(crate) struct Call {
 }
 
 impl Call {
-    /// The fingerprint is of the whole input: members in order, the token itself included.
-    pub(crate) fn new(operation: &str, token: &str, input: &Value, at: SystemTime) -> Self {
-        Self { key: format!("{operation}/{token}"), fingerprint: hex::encode(Sha256::digest(sorted(input).to_string())), at }
+    /// The token is the caller's own: another key may use the same one. The fingerprint is of the whole input: members in
+    /// order, the token itself included.
+    pub(crate) fn new(operation: &str, caller: &Caller, token: &str, input: &Value, at: SystemTime) -> Self {
+        Self { key: format!("{}/{operation}/{token}", caller.key), fingerprint: hex::encode(Sha256::digest(sorted(input).to_string())), at }
     }
 }
 
@@ -217,10 +219,27 @@ mod tests {
         }
 
         async fn call(&self, tokens: &ClientTokens, token: &str, input: Value) -> Result<Value, ErrorKind> {
+            self.call_by("AKIA1", tokens, token, input).await
+        }
+
+        async fn call_by(&self, key: &str, tokens: &ClientTokens, token: &str, input: Value) -> Result<Value, ErrorKind> {
             let act = async { Ok(Answer::ok(json!(self.acted.fetch_add(1, Ordering::SeqCst)))) };
-            let call = Call::new("Run", token, &input, now());
+            let call = Call::new("Run", &caller(key), token, &input, now());
             tokens.once(call, || None, act).await.map(|answer| answer.body).map_err(|error| error.kind)
         }
+    }
+
+    fn caller(key: &str) -> Caller {
+        Caller { key: key.to_owned() }
+    }
+
+    #[tokio::test]
+    async fn the_token_of_one_key_is_not_that_of_another() {
+        let bench = Bench::new();
+        let tokens = bench.open(now());
+        assert_eq!(bench.call_by("AKIA1", &tokens, "t", json!({"a": 1})).await, Ok(json!(0)));
+        assert_eq!(bench.call_by("AKIA2", &tokens, "t", json!({"a": 2})).await, Ok(json!(1)));
+        assert_eq!(bench.call_by("AKIA1", &tokens, "t", json!({"a": 1})).await, Ok(json!(0)));
     }
 
     fn now() -> SystemTime {
@@ -256,7 +275,7 @@ mod tests {
     async fn a_refused_call_may_be_tried_again() {
         let bench = Bench::new();
         let tokens = bench.open(now());
-        let call = || Call::new("Run", "t", &json!({}), now());
+        let call = || Call::new("Run", &caller("AKIA1"), "t", &json!({}), now());
         let refused = tokens.once(call(), || None, async { Err(ApiError::validation("no")) }).await;
         assert!(refused.is_err());
         assert_eq!(bench.call(&tokens, "t", json!({"other": 1})).await, Ok(json!(0)));
@@ -266,7 +285,7 @@ mod tests {
     async fn an_interrupted_call_is_looked_for_before_it_acts_again() {
         let bench = Bench::new();
         let tokens = bench.open(now());
-        let call = || Call::new("Run", "t", &json!({}), now());
+        let call = || Call::new("Run", &caller("AKIA1"), "t", &json!({}), now());
         for (found, expected) in [(Some(Answer::ok(json!("found"))), json!("found")), (None, json!(0))] {
             // As if the process had ended between the first write and the answer.
             tokens.write(&call(), None).await.unwrap();

@@ -26,6 +26,7 @@ use tokio::{
 };
 
 use crate::{
+    caller::Caller,
     operations::{self, Api},
     reply::{Answer, ApiError, ErrorKind},
     routes::{self, Operation},
@@ -63,11 +64,14 @@ pub(crate) async fn handle(State(front): State<Arc<Front>>, request: Request<Bod
         return response;
     }
     let id = uuid::Uuid::new_v4().to_string();
-    let found = routes::find(request.method(), request.uri().path());
-    let operation = found.map_or("Unknown", |found| found.operation.name());
+    let found = routes::find(request.method(), request.uri().path()).map(|found| found.operation);
+    let operation = found.map_or("Unknown", Operation::name);
     let mut response = match answer(&front, request).await {
         Ok(answer) => answer.into_response(),
-        Err(error) => {
+        Err(mut error) => {
+            if error.kind == ErrorKind::Throttling && found.is_some_and(Operation::is_of_tags) {
+                error.kind = ErrorKind::TooManyRequests;
+            }
             tracing::debug!(request.id = %id, operation, kind = ?error.kind, message = error.message, "an API call was refused");
             error.into_response()
         }
@@ -131,12 +135,12 @@ async fn whole_body(body: Body) -> Result<Bytes, ApiError> {
 }
 
 async fn work(api: &Api, request: Whole) -> Result<Answer, ApiError> {
-    let (operation, input) = check(api, &request)?;
-    operations::call(api, operation, input).await
+    let (caller, operation, input) = check(api, &request)?;
+    operations::call(api, &caller, operation, input).await
 }
 
-/// Signature, route and model; what is asked for.
-fn check(api: &Api, request: &Whole) -> Result<(Operation, Value), ApiError> {
+/// Signature, route and model; who asks, and for what.
+fn check(api: &Api, request: &Whole) -> Result<(Caller, Operation, Value), ApiError> {
     let (path, query) = (request.head.uri.path(), request.head.uri.query().unwrap_or_default());
     let signed = Signed {
         method: request.head.method.as_str(),
@@ -148,10 +152,10 @@ fn check(api: &Api, request: &Whole) -> Result<(Operation, Value), ApiError> {
     };
     let keys = &api.parts.access_keys;
     let expected = Expected { region: &api.config.region, service: SERVICE, now: api.parts.clock.wall(), secret: &|id| keys.secret(id) };
-    sigv4::verify(&signed, &expected)?;
+    let caller = Caller { key: sigv4::verify(&signed, &expected)? };
     let found = routes::find(&request.head.method, path).ok_or_else(routes::unknown)?;
     let input = found.gather(query, &request.body)?;
     let least_idle = i64::try_from(api.config.least_idle.as_secs()).unwrap_or(i64::MAX);
     shape::check(found.operation.input(), &input, &[("idlePolicy.maxIdleDurationSeconds", least_idle)])?;
-    Ok((found.operation, input))
+    Ok((caller, found.operation, input))
 }

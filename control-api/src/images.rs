@@ -3,7 +3,7 @@
 //! A seam for tests: a real build takes a container build and a boot, and most of what the API says about images has
 //! nothing to do with either.
 
-use std::path::PathBuf;
+use std::{collections::BTreeMap, path::PathBuf};
 
 use async_trait::async_trait;
 use image_builder::{BuildRequest, Catalog, CatalogError, ImageRecord};
@@ -18,6 +18,8 @@ pub(crate) trait Images: Send + Sync + 'static {
     fn list(&self) -> Vec<ImageRecord>;
     fn latest_active(&self, name: &ImageName) -> Option<(ImageRecord, PathBuf)>;
     fn snapshot_dir(&self, name: &ImageName, version: ImageVersion) -> PathBuf;
+    fn tags(&self, name: &ImageName) -> Result<BTreeMap<String, String>, CatalogError>;
+    async fn set_tags(&self, name: &ImageName, tags: BTreeMap<String, String>) -> Result<bool, CatalogError>;
 }
 
 #[async_trait]
@@ -44,5 +46,13 @@ impl Images for Catalog {
 
     fn snapshot_dir(&self, name: &ImageName, version: ImageVersion) -> PathBuf {
         Catalog::snapshot_dir(self, name, version)
+    }
+
+    fn tags(&self, name: &ImageName) -> Result<BTreeMap<String, String>, CatalogError> {
+        Catalog::tags(self, name)
+    }
+
+    async fn set_tags(&self, name: &ImageName, tags: BTreeMap<String, String>) -> Result<bool, CatalogError> {
+        Catalog::set_tags(self, name, tags).await
     }
 }

@@ -7,6 +7,7 @@
 mod access_keys;
 mod arn;
 mod artifact;
+mod caller;
 mod client_tokens;
 mod dispatch;
 mod images;
@@ -123,6 +124,7 @@ fn route(config: ApiConfig, parts: Parts, metrics: &prometheus::Registry) -> Res
             config,
             parts,
             client_tokens,
+            tag_changes: tokio::sync::Mutex::default(),
         }),
     };
     Ok(axum::Router::new().fallback(dispatch::handle).with_state(Arc::new(front)))

@@ -17,11 +17,15 @@ mod list_images;
 mod list_managed_images;
 mod list_managed_versions;
 mod list_microvms;
+mod list_tags;
 mod microvm_body;
 mod resume_microvm;
 mod run_microvm;
 mod suspend_microvm;
+mod tag_resource;
+mod tags;
 mod terminate_microvm;
+mod untag_resource;
 
 use idle_controller::{MicrovmHandle, Refused};
 use model::MicrovmState;
@@ -31,6 +35,7 @@ use serde_json::Value;
 use crate::{
     ApiConfig, Parts,
     arn::Place,
+    caller::Caller,
     client_tokens::ClientTokens,
     reply::{Answer, ApiError, ErrorKind},
     routes::Operation,
@@ -42,19 +47,21 @@ pub(crate) struct Api {
     pub(crate) place: Place,
     pub(crate) parts: Parts,
     pub(crate) client_tokens: ClientTokens,
+    /// Held while tags are read, changed and written.
+    pub(crate) tag_changes: tokio::sync::Mutex<()>,
 }
 
 /// Does what was asked.
-pub(crate) async fn call(api: &Api, operation: Operation, input: Value) -> Result<Answer, ApiError> {
+pub(crate) async fn call(api: &Api, caller: &Caller, operation: Operation, input: Value) -> Result<Answer, ApiError> {
     match operation {
-        Operation::RunMicrovm => run_microvm::call(api, input).await,
+        Operation::RunMicrovm => run_microvm::call(api, caller, input).await,
         Operation::ListMicrovms => list_microvms::call(api, input),
         Operation::GetMicrovm => get_microvm::call(api, input),
         Operation::TerminateMicrovm => terminate_microvm::call(api, input).await,
         Operation::SuspendMicrovm => suspend_microvm::call(api, input).await,
         Operation::ResumeMicrovm => resume_microvm::call(api, input).await,
         Operation::CreateMicrovmAuthToken => create_auth_token::call(api, input),
-        Operation::CreateMicrovmImage => create_image::call(api, input).await,
+        Operation::CreateMicrovmImage => create_image::call(api, caller, input).await,
         Operation::ListMicrovmImages => list_images::call(api, input),
         Operation::GetMicrovmImage => get_image::call(api, input),
         Operation::ListMicrovmImageVersions => list_image_versions::call(api, input),
@@ -63,14 +70,14 @@ pub(crate) async fn call(api: &Api, operation: Operation, input: Value) -> Resul
         Operation::GetMicrovmImageBuild => get_image_build::call(api, input),
         Operation::ListManagedMicrovmImages => list_managed_images::call(api, input),
         Operation::ListManagedMicrovmImageVersions => list_managed_versions::call(api, input),
+        Operation::ListTags => list_tags::call(api, input),
+        Operation::TagResource => tag_resource::call(api, input).await,
+        Operation::UntagResource => untag_resource::call(api, input).await,
         Operation::CreateMicrovmShellAuthToken
         | Operation::UpdateMicrovmImage
         | Operation::DeleteMicrovmImage
         | Operation::UpdateMicrovmImageVersion
-        | Operation::DeleteMicrovmImageVersion
-        | Operation::ListTags
-        | Operation::TagResource
-        | Operation::UntagResource => {
+        | Operation::DeleteMicrovmImageVersion => {
             Err(ApiError::validation(format!("This node does not offer {} yet. Nothing was changed.", operation.name())))
         }
     }

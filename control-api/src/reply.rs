@@ -27,6 +27,9 @@ pub(crate) enum ErrorKind {
     ResourceNotFound,
     UnknownOperation,
     Conflict,
+    /// The tag operations are of Lambda's older API and say so in its way.
+    InvalidParameterValue,
+    TooManyRequests,
     RequestTooLarge,
     ServiceQuotaExceeded,
     Throttling,
@@ -48,6 +51,8 @@ impl ErrorKind {
             Self::ResourceNotFound => ("ResourceNotFoundException", StatusCode::NOT_FOUND, "not-found"),
             Self::UnknownOperation => ("UnknownOperationException", StatusCode::NOT_FOUND, "unknown-operation"),
             Self::Conflict => ("ConflictException", StatusCode::CONFLICT, "conflict"),
+            Self::InvalidParameterValue => ("InvalidParameterValueException", StatusCode::BAD_REQUEST, "invalid-parameter"),
+            Self::TooManyRequests => ("TooManyRequestsException", StatusCode::TOO_MANY_REQUESTS, "busy"),
             Self::RequestTooLarge => ("RequestTooLargeException", StatusCode::PAYLOAD_TOO_LARGE, "body-too-large"),
             Self::ServiceQuotaExceeded => ("ServiceQuotaExceededException", StatusCode::PAYMENT_REQUIRED, "quota"),
             Self::Throttling => ("ThrottlingException", StatusCode::TOO_MANY_REQUESTS, "busy"),
@@ -104,6 +109,9 @@ impl ApiError {
             ErrorKind::Throttling => &["quotaCode", "serviceCode"],
             _ => &[],
         };
+        if matches!(self.kind, ErrorKind::InvalidParameterValue | ErrorKind::TooManyRequests) {
+            body.insert("Type".to_owned(), json!("User"));
+        }
         for name in nulls {
             body.insert((*name).to_owned(), Value::Null);
         }
@@ -117,7 +125,7 @@ impl IntoResponse for ApiError {
         let mut response = json_response(status, &self.body());
         response.headers_mut().insert("x-amzn-errortype", HeaderValue::from_static(name));
         response.headers_mut().insert("x-dormouse-reason", HeaderValue::from_static(reason));
-        if matches!(self.kind, ErrorKind::Throttling | ErrorKind::Internal) {
+        if matches!(self.kind, ErrorKind::Throttling | ErrorKind::TooManyRequests | ErrorKind::Internal) {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
         }
         response
@@ -140,6 +148,11 @@ impl Answer {
         Self { status: StatusCode::CREATED, body }
     }
 
+    /// What a change of tags answers: nothing.
+    pub(crate) fn no_content() -> Self {
+        Self { status: StatusCode::NO_CONTENT, body: Value::Null }
+    }
+
     /// `{}`: what suspend, resume and terminate answer.
     pub(crate) fn empty() -> Self {
         Self::ok(json!({}))
@@ -148,6 +161,11 @@ impl Answer {
 
 impl IntoResponse for Answer {
     fn into_response(self) -> Response {
+        if self.status == StatusCode::NO_CONTENT {
+            let mut response = Response::new(Body::empty());
+            *response.status_mut() = self.status;
+            return response;
+        }
         json_response(self.status, &self.body)
     }
 }
@@ -186,6 +204,8 @@ mod tests {
                 r#"{"message":"full","quotaCode":null,"serviceCode":null,"resourceId":null,"resourceType":null}"#,
             ),
             (ApiError::new(ErrorKind::Throttling, "t"), 429, "ThrottlingException", r#"{"message":"t","quotaCode":null,"serviceCode":null}"#),
+            (ApiError::new(ErrorKind::InvalidParameterValue, "p"), 400, "InvalidParameterValueException", r#"{"Type":"User","message":"p"}"#),
+            (ApiError::new(ErrorKind::TooManyRequests, "t"), 429, "TooManyRequestsException", r#"{"Type":"User","message":"t"}"#),
             (ApiError::new(ErrorKind::Internal, "i"), 500, "InternalServerException", r#"{"message":"i"}"#),
         ] {
             let response = error.into_response();

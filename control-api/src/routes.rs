@@ -125,16 +125,21 @@ impl Operation {
             Op::UpdateMicrovmImage
             | Op::DeleteMicrovmImage
             | Op::UpdateMicrovmImageVersion
-            | Op::DeleteMicrovmImageVersion
-            | Op::ListTags
-            | Op::TagResource
-            | Op::UntagResource => &shapes::NOTHING,
+            | Op::DeleteMicrovmImageVersion => &shapes::NOTHING,
+            Op::ListTags => &shapes::LIST_TAGS,
+            Op::TagResource => &shapes::TAG_RESOURCE,
+            Op::UntagResource => &shapes::UNTAG_RESOURCE,
         }
+    }
+
+    /// Whether it is of Lambda's older API, which has its own words for some errors.
+    pub(crate) fn is_of_tags(self) -> bool {
+        matches!(self, Op::ListTags | Op::TagResource | Op::UntagResource)
     }
 
     /// Whether members of its input come in the body.
     fn reads_body(self) -> bool {
-        matches!(self, Op::RunMicrovm | Op::CreateMicrovmAuthToken | Op::CreateMicrovmShellAuthToken | Op::CreateMicrovmImage)
+        matches!(self, Op::RunMicrovm | Op::CreateMicrovmAuthToken | Op::CreateMicrovmShellAuthToken | Op::CreateMicrovmImage | Op::TagResource)
     }
 }
 
@@ -182,17 +187,25 @@ impl Found<'_> {
             let decoded = percent_decode_str(text).decode_utf8();
             decoded.map(String::from).map_err(|_| serialization("A part of the address is not UTF-8"))
         };
+        let mut tag_keys = Vec::new();
         for pair in query.split('&').filter(|pair| !pair.is_empty()) {
             let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
             let (name, value) = (decode(name)?, decode(value)?);
             let value = match name.as_str() {
                 "maxResults" => value.parse::<i64>().map_err(|_| serialization("STRING_VALUE can not be converted to an Integer"))?.into(),
                 "nextToken" | "imageIdentifier" | "imageVersion" | "nameFilter" | "architecture" | "chipset" | "chipsetGeneration" => Value::String(value),
+                "tagKeys" => {
+                    tag_keys.push(Value::String(value));
+                    continue;
+                }
                 _ => continue,
             };
             if !self.operation.reads_body() {
                 input.entry(name).or_insert(value);
             }
+        }
+        if self.operation == Op::UntagResource && !tag_keys.is_empty() {
+            input.insert("TagKeys".to_owned(), Value::Array(tag_keys));
         }
         for (label, text) in &self.labels {
             input.insert((*label).to_owned(), Value::String(decode(text)?));
@@ -260,6 +273,10 @@ mod tests {
         let found = find(&Method::GET, "/2025-09-09/microvms").unwrap();
         let input = found.gather("maxResults=3&nextToken=a%3D&imageIdentifier=arn%3Aaws&other=1&X-Amz-Date=x", b"ignored").unwrap();
         assert_eq!(input, json!({"maxResults": 3, "nextToken": "a=", "imageIdentifier": "arn:aws"}));
+        let found = find(&Method::DELETE, "/2017-03-31/tags/arn%3Aaws").unwrap();
+        assert_eq!(found.gather("tagKeys=b&tagKeys=a%20b&tagKeys=b", b"").unwrap(), json!({"Resource": "arn:aws", "TagKeys": ["b", "a b", "b"]}));
+        assert_eq!(found.gather("", b"").unwrap(), json!({"Resource": "arn:aws"}));
+        let found = find(&Method::GET, "/2025-09-09/microvms").unwrap();
         for (query, body) in [("maxResults=x", ""), ("maxResults=", ""), ("maxResults=1.5", ""), ("maxResults=99999999999999999999", "")] {
             assert_eq!(found.gather(query, body.as_bytes()).unwrap_err().kind, ErrorKind::Serialization, "{query}");
         }

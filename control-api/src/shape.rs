@@ -12,6 +12,8 @@ use crate::reply::{ApiError, ErrorKind};
 pub(crate) enum Shape {
     /// Lengths are in characters.
     Text { min: usize, max: usize, pattern: Option<Pattern>, secret: bool },
+    /// A text that is never shown, of at most so many bytes of UTF-8 (aws-behaviour §4).
+    Payload { max_bytes: usize },
     Enum(&'static [&'static str]),
     Integer { min: i64, max: i64 },
     Boolean,
@@ -84,6 +86,10 @@ impl Checker<'_> {
                 if let Some(pattern) = pattern.as_ref().filter(|pattern| !(pattern.fits)(text)) {
                     self.violated(&shown, path, &format!("satisfy regular expression pattern: {}", pattern.text));
                 }
+            }
+            Shape::Payload { max_bytes } => {
+                let text = value.as_str().ok_or_else(|| mistyped(value, "a String"))?;
+                self.length(text.len(), 0, *max_bytes, "", path);
             }
             Shape::Enum(names) => {
                 let text = value.as_str().ok_or_else(|| mistyped(value, "a String"))?;
@@ -212,6 +218,8 @@ mod tests {
     #[test]
     fn violations_are_worded_as_aws_words_them() {
         let long = "x".repeat(4097);
+        // 2,049 letters of two bytes each are too long as well, 2,048 are not.
+        let (wide, fits) = ("ä".repeat(2_049), "ä".repeat(2_048));
         let one = |rule: &str| format!("1 validation error detected: Value {rule}");
         for (input, expected) in [
             (json!({"imageIdentifier": "a"}), String::new()),
@@ -226,6 +234,11 @@ mod tests {
                 json!({"imageIdentifier": "a", "runHookPayload": long}),
                 one("at 'runHookPayload' failed to satisfy constraint: Member must have length less than or equal to 4096"),
             ),
+            (
+                json!({"imageIdentifier": "a", "runHookPayload": wide}),
+                one("at 'runHookPayload' failed to satisfy constraint: Member must have length less than or equal to 4096"),
+            ),
+            (json!({"imageIdentifier": "a", "runHookPayload": fits}), String::new()),
             (json!({}), one("null at 'imageIdentifier' failed to satisfy constraint: Member must not be null")),
             (json!({"imageIdentifier": ""}), one("'' at 'imageIdentifier' failed to satisfy constraint: Member must have length greater than or equal to 1")),
             (
@@ -299,6 +312,8 @@ mod tests {
             ("cpuConfigurations", json!([{}]), "'cpuConfigurations.1.member.architecture'"),
             ("tags", json!({"a\n": "x"}), "'tags.key'"),
             ("additionalOsCapabilities", json!(["SOME"]), "enum value set: [ALL]"),
+            ("kmsKeyIdentifier", json!("a b"), "Value 'a b' at 'kmsKeyIdentifier' failed to satisfy constraint: Member must satisfy regular expression pattern: (arn:aws"),
+            ("kmsKeyIdentifier", json!("arn:aws:kms:us-east-1:12:key/a"), "'kmsKeyIdentifier'"),
         ] {
             let mut input = good.clone();
             input[member] = value;

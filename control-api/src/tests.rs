@@ -6,3 +6,4 @@ mod bench;
 mod by_hand;
 mod calls;
 mod refusals;
+mod tags;

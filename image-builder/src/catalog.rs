@@ -138,6 +138,25 @@ impl Catalog {
         self.inner.layout.snapshot(name, version)
     }
 
+    /// The tags of an image; empty if there is no such image.
+    pub fn tags(&self, name: &ImageName) -> Result<BTreeMap<String, String>, CatalogError> {
+        self.inner.layout.read_tags(name).map_err(|error| storage_error(format!("reading the tags of image {name}"), error))
+    }
+
+    /// Replaces the tags of an image, all at once; durable on return. `false`: there is no such image.
+    pub async fn set_tags(&self, name: &ImageName, tags: BTreeMap<String, String>) -> Result<bool, CatalogError> {
+        if !self.inner.records.borrow().contains_key(name) {
+            return Ok(false);
+        }
+        let (layout, image) = (self.inner.layout.clone(), name.clone());
+        match blocking(move || layout.write_tags(&image, &tags)).await {
+            Ok(()) => Ok(true),
+            // Deleted meanwhile: its directory is gone.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(storage_error(format!("writing the tags of image {name}"), error)),
+        }
+    }
+
     /// The build log so far (container build, then the app's output until the snapshot), as a file.
     pub fn build_log(&self, name: &ImageName, version: ImageVersion) -> PathBuf {
         self.inner.layout.log(name, version)
@@ -216,8 +235,8 @@ impl Inner {
         if let Some(refused) = refused {
             return Err(refused);
         }
-        let (layout, first) = (self.layout.clone(), record.clone());
-        if let Err(error) = blocking(move || layout.create(&first)).await {
+        let (layout, first, tags) = (self.layout.clone(), record.clone(), request.tags.clone());
+        if let Err(error) = blocking(move || layout.create(&first, &tags)).await {
             self.records.send_modify(|records| {
                 records.remove(&record.name);
             });

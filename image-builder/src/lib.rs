@@ -63,7 +63,9 @@ pub struct BuildRequest {
     pub environment: BTreeMap<String, String>,
     /// Which hooks of the app are called, by the build and by the microVMs of the image.
     pub hooks: Option<Hooks>,
-    /// Opaque to the builder: what the API wants to remember of the request (roles, description, tags …), as JSON.
+    /// The image's tags, if the image is new.
+    pub tags: BTreeMap<String, String>,
+    /// Opaque to the builder: what the API wants to remember of the request (roles, description …), as JSON.
     pub request: serde_json::Value,
 }
 

@@ -7,7 +7,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use token::{Claims, MAX_PORT_RANGES};
 
-use super::{Api, find_microvm, read};
+use super::{Api, find_microvm, microvm_body::Remembered, read};
 use crate::reply::{Answer, ApiError};
 
 /// The header that carries a token.
@@ -47,6 +47,12 @@ pub(super) fn call(api: &Api, input: Value) -> Result<Answer, ApiError> {
     let handle = find_microvm(api, &input.microvm_identifier)?;
     if handle.view().state == MicrovmState::Terminated {
         return Err(ApiError::validation(format!("The MicroVM {} has been terminated and has no endpoint any more.", handle.id())));
+    }
+    let remembered = Remembered::of(&handle.view());
+    let ingress = &remembered.ingress_network_connectors;
+    // A microVM of before this was recorded has HTTP.
+    if !ingress.is_empty() && !remembered.has_ingress("HTTP_INGRESS") && !remembered.has_ingress("ALL_INGRESS") {
+        return Err(ApiError::validation("HTTP access requires HTTP_INGRESS network connector to be configured on the MicroVM."));
     }
     let issued_at = whole_seconds(api.parts.clock.wall());
     let claims = Claims {

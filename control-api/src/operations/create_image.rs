@@ -11,12 +11,14 @@ use super::{
     Api, hooks,
     image_body::{self, Remembered},
     read,
+    tags::{self, Tags},
 };
 use crate::{
-    arn::MANAGED_VERSIONS,
+    arn::{EGRESS, MANAGED_VERSIONS},
     artifact,
+    caller::Caller,
     client_tokens::Call,
-    reply::{Answer, ApiError},
+    reply::{Answer, ApiError, ErrorKind},
 };
 
 /// What this node builds for.
@@ -34,6 +36,7 @@ struct Input {
     resources: Option<Vec<Resources>>,
     hooks: Option<Value>,
     environment_variables: Option<BTreeMap<String, String>>,
+    tags: Option<Tags>,
     client_token: Option<String>,
 }
 
@@ -53,26 +56,29 @@ struct Resources {
     minimum_memory_in_mib: i64,
 }
 
-pub(super) async fn call(api: &Api, input: Value) -> Result<Answer, ApiError> {
+pub(super) async fn call(api: &Api, caller: &Caller, input: Value) -> Result<Answer, ApiError> {
     let parsed: Input = read(input.clone())?;
     let Some(token) = parsed.client_token.clone() else {
-        return create(api, parsed, input).await;
+        return create(api, caller, parsed, input).await;
     };
-    let call = Call::new("CreateMicrovmImage", &token, &input, api.parts.clock.wall());
+    let call = Call::new("CreateMicrovmImage", caller, &token, &input, api.parts.clock.wall());
     let name = parsed.name.clone();
     let done_before = || {
         let record = api.parts.images.find(&name, ImageVersion::FIRST)?;
-        let same = Remembered::of(&record).input["clientToken"] == token.as_str();
+        let remembered = Remembered::of(&record);
+        let same = remembered.input["clientToken"] == token.as_str() && remembered.by.as_ref() == Some(&caller.key);
         same.then(|| Answer::created(image_body::created(api, &record)))
     };
-    api.client_tokens.once(call, done_before, create(api, parsed, input)).await
+    api.client_tokens.once(call, done_before, create(api, caller, parsed, input)).await
 }
 
-async fn create(api: &Api, parsed: Input, mut input: Value) -> Result<Answer, ApiError> {
+async fn create(api: &Api, caller: &Caller, parsed: Input, mut input: Value) -> Result<Answer, ApiError> {
     let base_version = base(api, &parsed)?;
     let memory = memory(&parsed)?;
     let hooks = hooks::read(parsed.hooks.as_ref())?;
     hooks::refuse_uncalled(hooks)?;
+    let tags = parsed.tags.unwrap_or_default();
+    tags::check(&tags, ErrorKind::Validation)?;
     if let Some(other) = parsed.cpu_configurations.iter().flatten().find(|cpu| cpu.architecture != ARCHITECTURE) {
         return Err(ApiError::validation(format!(
             "cpuConfigurations: this node builds {ARCHITECTURE} images and not {}; leave the member out or ask for {ARCHITECTURE}",
@@ -80,7 +86,7 @@ async fn create(api: &Api, parsed: Input, mut input: Value) -> Result<Answer, Ap
         )));
     }
     for arn in parsed.egress_network_connectors.iter().flatten() {
-        api.place.connector(arn, &["INTERNET_EGRESS"])?;
+        api.place.connector(arn, &EGRESS)?;
     }
     let mut environment = parsed.environment_variables.unwrap_or_default();
     if let Some(name) = environment.keys().find(|name| name.contains(['=', '\0'])) {
@@ -90,7 +96,7 @@ async fn create(api: &Api, parsed: Input, mut input: Value) -> Result<Answer, Ap
         return Err(ApiError::validation(format!("environmentVariables: the value of '{name}' contains a NUL")));
     }
     environment.extend(identity(api, &parsed.name, ImageVersion::FIRST));
-    let located = artifact::locate(&parsed.code_artifact.uri, &api.config.s3_dir, api.config.allow_file_artifacts)?;
+    let located = artifact::locate(&parsed.code_artifact.uri, &api.config.s3_dir, api.config.allow_file_artifacts.then_some(&api.config.dir))?;
     // What the caller left to us is remembered as decided, so that every later answer says the same.
     input["baseImageArn"] = json!(api.place.managed_image_arn());
     input["baseImageVersion"] = json!(base_version);
@@ -99,18 +105,23 @@ async fn create(api: &Api, parsed: Input, mut input: Value) -> Result<Answer, Ap
     if parsed.egress_network_connectors.is_none_or(|connectors| connectors.is_empty()) {
         input["egressNetworkConnectors"] = json!([api.place.connector_arn("INTERNET_EGRESS")]);
     }
-    let remembered = Remembered { input, missing: located.missing.map(str::to_owned) };
+    let remembered = Remembered { input, missing: located.missing.map(str::to_owned), by: Some(caller.key.clone()) };
     let request = BuildRequest {
         name: parsed.name,
         artifact: located.artifact,
         memory,
         environment,
         hooks,
+        tags,
         request: serde_json::to_value(remembered).map_err(|cause| ApiError::internal("writing down a request", &cause))?,
     };
     match api.parts.images.create(request).await {
         Ok(record) => Ok(Answer::created(image_body::created(api, &record))),
         Err(taken @ CatalogError::NameTaken(_)) => Err(ApiError::validation(taken.to_string())),
+        Err(full @ CatalogError::TooManyBuilds { .. }) => Err(ApiError::new(
+            ErrorKind::ServiceQuotaExceeded,
+            format!("The maximum number of concurrent builds has been reached for this account: {full}."),
+        )),
         Err(error) => Err(ApiError::internal("starting the build", &error)),
     }
 }

@@ -1,4 +1,4 @@
-//! ListMicrovmImages: by name. Unlike AWS's, the filter works before the paging, so no page is empty for nothing.
+//! ListMicrovmImages: by name. As at AWS the filter works on what is on a page, so a page may be empty and not the last.
 
 use serde::Deserialize;
 use serde_json::Value;
@@ -21,7 +21,12 @@ struct Input {
 pub(super) fn call(api: &Api, input: Value) -> Result<Answer, ApiError> {
     let input: Input = read(input)?;
     let images = &api.parts.images;
-    let records = images.list().into_iter().filter(|record| input.name_filter.as_ref().is_none_or(|part| record.name.as_str().contains(part)));
-    let items = records.filter_map(|record| Some((image_body::by_name(&record.name), image_body::image(api, &images.versions(&record.name))?)));
-    pages::page(Operation::ListMicrovmImages, items.collect(), &input.page)
+    let records = images.list();
+    let items = records.iter().filter_map(|record| Some((image_body::by_name(&record.name), image_body::image_item(api, &images.versions(&record.name))?)));
+    let filter = input.name_filter.unwrap_or_default();
+    let mut answer = pages::page(Operation::ListMicrovmImages, &[&filter], items.collect(), &input.page)?;
+    if let Some(items) = answer.body["items"].as_array_mut() {
+        items.retain(|item| item["name"].as_str().is_some_and(|name| name.contains(&filter)));
+    }
+    Ok(answer)
 }

@@ -16,5 +16,5 @@ pub(super) const CREATED_AT: f64 = 1_782_086_400.0;
 pub(super) fn call(api: &Api, input: Value) -> Result<Answer, ApiError> {
     let page: PageRequest = read(input)?;
     let image = json!({"imageArn": api.place.managed_image_arn(), "createdAt": CREATED_AT, "updatedAt": CREATED_AT});
-    pages::page(Operation::ListManagedMicrovmImages, vec![(MANAGED_IMAGE.to_owned(), image)], &page)
+    pages::page(Operation::ListManagedMicrovmImages, &[], vec![(MANAGED_IMAGE.to_owned(), image)], &page)
 }

@@ -27,7 +27,8 @@ pub(super) fn call(api: &Api, input: Value) -> Result<Answer, ApiError> {
     let items = MANAGED_VERSIONS.into_iter().map(|version| {
         let body = json!({
             "imageArn": api.place.managed_image_arn(),
-            "imageVersion": version,
+            // Managed versions are shown without the minor number (recorded).
+            "imageVersion": version.major.to_string(),
             "status": "AVAILABLE",
             "supportedCpuConfigurations": [{"architecture": ARCHITECTURE}],
             "createdAt": CREATED_AT,
@@ -35,5 +36,5 @@ pub(super) fn call(api: &Api, input: Value) -> Result<Answer, ApiError> {
         });
         (image_body::newest_first(version), body)
     });
-    pages::page(Operation::ListManagedMicrovmImageVersions, items.collect(), &input.page)
+    pages::page(Operation::ListManagedMicrovmImageVersions, &[], items.collect(), &input.page)
 }

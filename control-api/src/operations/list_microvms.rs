@@ -32,8 +32,9 @@ pub(super) fn call(api: &Api, input: Value) -> Result<Answer, ApiError> {
         None => None,
     };
     let wanted = |view: &MicrovmView| image.as_ref().is_none_or(|image| view.image == *image) && version.is_none_or(|version| view.version == version);
+    let filters = [image.as_ref().map_or("", |image| image.as_str()), &version.map(|version| version.to_string()).unwrap_or_default()];
     let views = api.parts.controller.list().into_iter().filter(wanted);
-    pages::page(Operation::ListMicrovms, views.map(|view| (newest_first(&view), microvm_body::item(api, &view))).collect(), &input.page)
+    pages::page(Operation::ListMicrovms, &filters, views.map(|view| (newest_first(&view), microvm_body::item(api, &view))).collect(), &input.page)
 }
 
 /// A key that sorts newer microVMs before older ones, and those of one instant by id.

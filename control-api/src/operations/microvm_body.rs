@@ -16,12 +16,20 @@ pub(super) struct Remembered {
     pub(super) egress_network_connectors: Vec<String>,
     pub(super) logging: Option<Value>,
     pub(super) client_token: Option<String>,
+    /// The access key id that asked for it: client tokens are its own.
+    pub(super) by: Option<String>,
+    pub(super) kms_key_identifier: Option<String>,
 }
 
 impl Remembered {
     /// Of a microVM; one made by an older version may lack some of it.
     pub(super) fn of(view: &MicrovmView) -> Self {
         serde_json::from_value(view.request.clone()).unwrap_or_default()
+    }
+
+    /// Whether one of its ingress connectors is the managed one of this name.
+    pub(super) fn has_ingress(&self, name: &str) -> bool {
+        self.ingress_network_connectors.iter().any(|arn| arn.rsplit(':').next() == Some(name))
     }
 }
 
@@ -47,6 +55,9 @@ pub(super) fn whole(api: &Api, view: &MicrovmView) -> Value {
         "maximumDurationInSeconds": view.max_duration.as_secs(),
         "startedAt": timestamp(view.started_at),
         "terminatedAt": view.terminated_at.map(timestamp),
+        // Undocumented, and null whenever recorded.
+        "terminationReasonCode": null,
+        "kmsKeyIdentifier": remembered.kms_key_identifier,
         "ingressNetworkConnectors": remembered.ingress_network_connectors,
         "egressNetworkConnectors": remembered.egress_network_connectors,
     })

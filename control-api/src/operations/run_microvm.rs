@@ -9,19 +9,16 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::{
-    Api,
+    Api, image_body,
     microvm_body::{self, Remembered},
     read,
 };
 use crate::{
-    arn::{Wording, unknown_image, unknown_version},
+    arn::{EGRESS, INGRESS, Wording, unknown_image, unknown_version},
+    caller::Caller,
     client_tokens::Call,
     reply::{Answer, ApiError, ErrorKind},
 };
-
-/// The managed ingress connectors there are at AWS (aws-behaviour §6).
-const INGRESS: [&str; 4] = ["HTTP_INGRESS", "ALL_INGRESS", "SHELL_INGRESS", "NO_INGRESS"];
-const EGRESS: [&str; 1] = ["INTERNET_EGRESS"];
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -31,6 +28,7 @@ struct Input {
     execution_role_arn: Option<String>,
     idle_policy: Option<Idle>,
     logging: Option<Value>,
+    kms_key_identifier: Option<String>,
     run_hook_payload: Option<String>,
     maximum_duration_in_seconds: Option<u64>,
     ingress_network_connectors: Option<Vec<String>>,
@@ -46,21 +44,22 @@ struct Idle {
     auto_resume_enabled: bool,
 }
 
-pub(super) async fn call(api: &Api, input: Value) -> Result<Answer, ApiError> {
+pub(super) async fn call(api: &Api, caller: &Caller, input: Value) -> Result<Answer, ApiError> {
     let parsed: Input = read(input.clone())?;
     let Some(token) = parsed.client_token.clone() else {
-        return run(api, parsed).await;
+        return run(api, caller, parsed).await;
     };
-    let call = Call::new("RunMicrovm", &token, &input, api.parts.clock.wall());
+    let call = Call::new("RunMicrovm", caller, &token, &input, api.parts.clock.wall());
     let done_before = || {
         let views = api.parts.controller.list();
-        let view = views.into_iter().find(|view| Remembered::of(view).client_token.as_deref() == Some(token.as_str()))?;
+        let of_call = |remembered: &Remembered| remembered.client_token.as_ref() == Some(&token) && remembered.by.as_ref() == Some(&caller.key);
+        let view = views.into_iter().find(|view| of_call(&Remembered::of(view)))?;
         Some(Answer::ok(microvm_body::whole(api, &view)))
     };
-    api.client_tokens.once(call, done_before, run(api, parsed)).await
+    api.client_tokens.once(call, done_before, run(api, caller, parsed)).await
 }
 
-async fn run(api: &Api, input: Input) -> Result<Answer, ApiError> {
+async fn run(api: &Api, caller: &Caller, input: Input) -> Result<Answer, ApiError> {
     let ingress = ingress(api, input.ingress_network_connectors.unwrap_or_default())?;
     let egress = egress(api, input.egress_network_connectors.unwrap_or_default())?;
     let logs = input.logging.as_ref().is_some_and(|logging| !logging["cloudWatch"].is_null());
@@ -74,9 +73,11 @@ async fn run(api: &Api, input: Input) -> Result<Answer, ApiError> {
     let remembered = Remembered {
         execution_role_arn: input.execution_role_arn,
         ingress_network_connectors: ingress,
-        egress_network_connectors: egress,
+        egress_network_connectors: egress.unwrap_or_else(|| egress_of(api, &image)),
         logging: input.logging,
         client_token: input.client_token,
+        by: Some(caller.key.clone()),
+        kms_key_identifier: input.kms_key_identifier,
     };
     let spec = RunSpec {
         identity: identity(api, &image),
@@ -122,7 +123,9 @@ fn image(api: &Api, identifier: &str, version: Option<&str>) -> Result<(ImageRec
     Ok((record, dir))
 }
 
-/// What is asked for, or HTTP. What would open less or other than the endpoint is refused: it cannot be honoured yet.
+/// What is asked for, or HTTP. As at AWS, ALL_INGRESS may stand beside others here and is told of where a shell token is
+/// asked for (aws-behaviour §2.1). What a microVM has decides which tokens there are for it, and without a token its
+/// endpoint refuses everybody.
 fn ingress(api: &Api, asked: Vec<String>) -> Result<Vec<String>, ApiError> {
     if asked.is_empty() {
         return Ok(vec![api.place.connector_arn("HTTP_INGRESS")]);
@@ -131,23 +134,27 @@ fn ingress(api: &Api, asked: Vec<String>) -> Result<Vec<String>, ApiError> {
     for arn in &asked {
         names.push(api.place.connector(arn, &INGRESS)?);
     }
-    if names.contains(&"NO_INGRESS") || !(names.contains(&"HTTP_INGRESS") || names.contains(&"ALL_INGRESS")) {
-        return Err(ApiError::validation(
-            "ingressNetworkConnectors: this node gives every MicroVM its HTTPS endpoint and does not offer NO_INGRESS, or \
-             SHELL_INGRESS without HTTP_INGRESS, yet",
-        ));
+    if names.contains(&"NO_INGRESS") && names.iter().any(|name| *name != "NO_INGRESS") {
+        return Err(ApiError::validation("NO_INGRESS cannot be combined with other ingress network connectors"));
     }
     Ok(asked)
 }
 
-/// What is asked for, or the internet.
-fn egress(api: &Api, asked: Vec<String>) -> Result<Vec<String>, ApiError> {
+/// What is asked for; `None`: what the image has.
+fn egress(api: &Api, asked: Vec<String>) -> Result<Option<Vec<String>>, ApiError> {
     match &asked[..] {
-        [] => Ok(vec![api.place.connector_arn("INTERNET_EGRESS")]),
+        [] => Ok(None),
         [arn] => {
             api.place.connector(arn, &EGRESS)?;
-            Ok(asked)
+            Ok(Some(asked))
         }
         _ => Err(ApiError::validation("Only one egress network connector can be provided")),
     }
+}
+
+/// The egress that an image was made with, or the internet.
+fn egress_of(api: &Api, image: &ImageRecord) -> Vec<String> {
+    let connectors = image_body::Remembered::of(image).input["egressNetworkConnectors"].take();
+    let connectors: Vec<String> = serde_json::from_value(connectors).unwrap_or_default();
+    if connectors.is_empty() { vec![api.place.connector_arn("INTERNET_EGRESS")] } else { connectors }
 }

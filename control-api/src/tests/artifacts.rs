@@ -4,7 +4,7 @@ use http::StatusCode;
 use image_builder::{Artifact, BuildFailure};
 use serde_json::{Value, json};
 
-use super::bench::{Bench, Got, image_arn, image_request};
+use super::bench::{Bench, CODE, Got, image_arn, image_request};
 
 const IMAGES: &str = "/2025-09-09/microvm-images";
 
@@ -81,7 +81,7 @@ async fn keys_stay_in_their_bucket() {
 #[tokio::test]
 async fn an_image_is_created_seen_and_described() {
     let bench = Bench::new().await;
-    let mut request = image_request("hello", &format!("file://{}", bench.dir.path().display()));
+    let mut request = image_request("hello", CODE);
     request["description"] = json!("says hello");
     request["resources"] = json!([{"minimumMemoryInMiB": 512}]);
     request["environmentVariables"] = json!({"GREETING": "hello", "AWS_REGION": "nowhere"});
@@ -124,16 +124,26 @@ async fn an_image_is_created_seen_and_described() {
     assert_eq!(bench.get(&target).await.body["state"], "CREATING");
     bench.images.end("hello", None);
     let got = bench.get(&target).await.body;
+    assert_eq!(got["tags"], json!({"team": "a"}));
     assert_eq!((&got["state"], &got["latestActiveImageVersion"]), (&json!("CREATED"), &json!("1.0")));
-    assert_eq!(bench.get(IMAGES).await.body["items"][0]["imageArn"], image_arn("hello"));
+    let item = &bench.get(IMAGES).await.body["items"][0];
+    assert_eq!(item["imageArn"], image_arn("hello"));
+    let mut members: Vec<_> = item.as_object().unwrap().keys().map(String::as_str).collect();
+    members.sort_unstable();
+    // To the member as recorded, so neither tags nor updatedAt.
+    assert_eq!(members, ["createdAt", "id", "imageArn", "latestActiveImageVersion", "latestFailedImageVersion", "name", "state"]);
     assert_eq!(bench.get(&format!("{IMAGES}?nameFilter=ell")).await.body["items"].as_array().unwrap().len(), 1);
     assert_eq!(bench.get(&format!("{IMAGES}?nameFilter=other")).await.body["items"], json!([]));
     let version = bench.get(&format!("{target}/versions/1")).await.body;
+    let bucket = version["versionStateTimeBucket"].as_str().unwrap();
+    assert!(bucket.strip_prefix("SUCCESSFUL#").is_some_and(|hour| hour.len() == 8 && hour.parse::<u32>().is_ok()), "{bucket}");
     assert_eq!((&version["state"], &version["status"]), (&json!("SUCCESSFUL"), &json!("ACTIVE")));
     assert_eq!(bench.get(&format!("{target}/versions")).await.body["items"][0], version);
     let builds = bench.get(&format!("{target}/versions/1.0/builds?architecture=X86_64")).await.body;
     let build = builds["items"][0]["buildId"].as_str().unwrap();
-    assert_eq!(bench.get(&format!("{target}/versions/1.0/builds/{build}")).await.body["buildState"], "SUCCESSFUL");
+    assert!(builds["items"][0].get("snapshotBuild").is_none(), "the sizes are shown by GetMicrovmImageBuild only");
+    let got = bench.get(&format!("{target}/versions/1.0/builds/{build}")).await.body;
+    assert_eq!((&got["buildState"], got.get("snapshotBuild").is_some()), (&json!("SUCCESSFUL"), true));
     assert_eq!(bench.get(&format!("{target}/versions/1.0/builds?architecture=ARM_64")).await.body["items"], json!([]));
 }
 
@@ -143,7 +153,7 @@ async fn a_failed_build_tells_why() {
     assert_eq!(s3(&bench, "PUT", "/code", b"").await.status, StatusCode::OK);
     let failure = |code: &str| Some(BuildFailure { code: code.to_owned(), message: "line 3 failed".to_owned() });
     for (name, uri, code, told) in [
-        ("a", "file:///tmp", "CONTAINER_BUILD_FAILED", "CONTAINER_BUILD_FAILED: line 3 failed"),
+        ("a", CODE, "CONTAINER_BUILD_FAILED", "CONTAINER_BUILD_FAILED: line 3 failed"),
         ("b", "s3://code/none.zip", "ARCHIVE_INVALID", "S3_NO_SUCH_KEY: s3://code/none.zip does not exist"),
         ("c", "s3://none/none.zip", "ARCHIVE_INVALID", "S3_NO_SUCH_BUCKET: s3://none/none.zip does not exist"),
     ] {
@@ -159,7 +169,7 @@ async fn a_failed_build_tells_why() {
 #[tokio::test]
 async fn image_requests_are_refused_in_the_words_of_aws() {
     let bench = Bench::with_image("hello").await;
-    let good = image_request("new", "file:///tmp");
+    let good = image_request("new", CODE);
     for (member, value, told) in [
         ("name", json!("hello"), "A MicroVM image with the name 'hello' already exists in this account"),
         ("codeArtifact", json!({"uri": "https://x/y"}), "CodeArtifact URI must be a valid S3 URI in the format: s3://<bucket>/<key>"),
@@ -190,7 +200,7 @@ async fn image_requests_are_refused_in_the_words_of_aws() {
 #[tokio::test]
 async fn a_client_token_makes_one_image_of_many_calls() {
     let bench = Bench::new().await;
-    let mut request = image_request("hello", "file:///tmp");
+    let mut request = image_request("hello", CODE);
     request["clientToken"] = json!("t");
     let first = bench.post(IMAGES, request.clone()).await;
     let second = bench.post(IMAGES, request.clone()).await;

@@ -36,6 +36,7 @@ pub(super) const ACCOUNT: &str = "000000000000";
 pub(super) struct ScriptedImages {
     records: Mutex<BTreeMap<(ImageName, ImageVersion), ImageRecord>>,
     requests: Mutex<Vec<BuildRequest>>,
+    tags: Mutex<BTreeMap<ImageName, BTreeMap<String, String>>>,
 }
 
 impl ScriptedImages {
@@ -74,6 +75,7 @@ impl Images for ScriptedImages {
             ready_port: None,
         };
         records.insert(key, record.clone());
+        self.tags.lock().insert(request.name.clone(), request.tags.clone());
         self.requests.lock().push(request);
         Ok(record)
     }
@@ -98,6 +100,14 @@ impl Images for ScriptedImages {
 
     fn snapshot_dir(&self, name: &ImageName, version: ImageVersion) -> PathBuf {
         PathBuf::from(format!("/images/{name}/{version}"))
+    }
+
+    fn tags(&self, name: &ImageName) -> Result<BTreeMap<String, String>, CatalogError> {
+        Ok(self.tags.lock().get(name).cloned().unwrap_or_default())
+    }
+
+    async fn set_tags(&self, name: &ImageName, tags: BTreeMap<String, String>) -> Result<bool, CatalogError> {
+        Ok(self.tags.lock().get_mut(name).map(|mine| *mine = tags).is_some())
     }
 }
 
@@ -169,7 +179,7 @@ impl Bench {
     /// With an image that microVMs can be run from.
     pub(super) async fn with_image(name: &str) -> Self {
         let bench = Self::new().await;
-        let made = bench.post("/2025-09-09/microvm-images", image_request(name, &format!("file://{}", bench.dir.path().display()))).await;
+        let made = bench.post("/2025-09-09/microvm-images", image_request(name, CODE)).await;
         assert_eq!(made.status, 201, "{made:?}");
         bench.images.end(name, None);
         bench
@@ -230,6 +240,9 @@ pub(super) fn image_arn(name: &str) -> String {
 pub(super) fn connector(name: &str) -> String {
     format!("arn:aws:lambda:{REGION}:aws:network-connector:aws-network-connector:{name}")
 }
+
+/// A directory of any host that is not the node's data.
+pub(super) const CODE: &str = "file:///usr/share";
 
 /// The least that CreateMicrovmImage takes.
 pub(super) fn image_request(name: &str, uri: &str) -> Value {

@@ -6,9 +6,10 @@ use model::{MicrovmId, MicrovmState, Port};
 use serde_json::{Value, json};
 use vmm_runtime::engine::EngineError;
 
-use super::bench::{Bench, connector, image_arn, image_request};
+use super::bench::{Bench, CODE, connector, image_arn, image_request};
 
 const MICROVMS: &str = "/2025-09-09/microvms";
+const IMAGES: &str = "/2025-09-09/microvm-images";
 
 fn id(body: &Value) -> String {
     body["microvmId"].as_str().unwrap().to_owned()
@@ -41,7 +42,7 @@ async fn a_microvm_is_run_suspended_resumed_and_terminated() {
     assert_eq!(body["executionRoleArn"], role);
     assert_eq!(body["ingressNetworkConnectors"], json!([connector("HTTP_INGRESS")]));
     assert_eq!(body["egressNetworkConnectors"], json!([connector("INTERNET_EGRESS")]));
-    for absent in ["terminatedAt", "stateReason"] {
+    for absent in ["terminatedAt", "stateReason", "terminationReasonCode", "kmsKeyIdentifier"] {
         assert_eq!(body.get(absent), Some(&Value::Null), "{absent}");
     }
     let endpoint = body["endpoint"].as_str().unwrap();
@@ -106,7 +107,7 @@ async fn a_failed_wake_is_our_fault_and_leaves_it_suspended() {
 #[tokio::test]
 async fn microvms_are_listed_newest_first_in_pages_and_by_image() {
     let bench = Bench::with_image("hello").await;
-    bench.post("/2025-09-09/microvm-images", image_request("other", &format!("file://{}", bench.dir.path().display()))).await;
+    bench.post("/2025-09-09/microvm-images", image_request("other", CODE)).await;
     bench.images.end("other", None);
     let mut ids = Vec::new();
     for image in ["hello", "hello", "other", "hello", "hello"] {
@@ -199,7 +200,60 @@ async fn the_managed_image_is_listed_with_its_versions() {
     for identifier in [arn.to_owned(), arn.replace(':', "%3A"), "al2023-1".to_owned()] {
         let versions = bench.get(&format!("/2025-09-09/managed-microvm-images/{identifier}/versions")).await;
         let numbers: Vec<_> = versions.body["items"].as_array().unwrap().iter().map(|item| item["imageVersion"].as_str().unwrap()).collect();
-        assert_eq!(numbers, ["1.0", "0.0"]);
+        assert_eq!(numbers, ["1", "0"]);
     }
     assert_eq!(bench.get("/2025-09-09/managed-microvm-images/al2022/versions").await.status, 404);
+}
+
+#[tokio::test]
+async fn a_filter_works_on_the_page_and_a_cursor_goes_on_with_its_own_list_only() {
+    let bench = Bench::new().await;
+    for name in ["a-1", "a-2", "b-1", "b-2"] {
+        bench.post(IMAGES, image_request(name, CODE)).await;
+    }
+    let names = |body: &Value| body["items"].as_array().unwrap().iter().map(|item| item["name"].as_str().unwrap().to_owned()).collect::<Vec<_>>();
+    let first = bench.get(&format!("{IMAGES}?maxResults=2&nameFilter=b")).await.body;
+    assert_eq!(names(&first), Vec::<String>::new(), "the first page holds a-1 and a-2");
+    let cursor = first["nextToken"].as_str().unwrap().replace('=', "%3D");
+    let second = bench.get(&format!("{IMAGES}?maxResults=2&nameFilter=b&nextToken={cursor}")).await.body;
+    assert_eq!((names(&second), &second["nextToken"]), (vec!["b-1".to_owned(), "b-2".to_owned()], &Value::Null));
+    for other in [format!("{IMAGES}?nextToken={cursor}"), format!("{IMAGES}?nameFilter=a&nextToken={cursor}"), format!("{MICROVMS}?nextToken={cursor}")] {
+        let refused = bench.get(&other).await;
+        assert_eq!((refused.status.as_u16(), refused.kind(), &refused.body), (400, "ValidationException", &json!({"message": null})), "{other}");
+    }
+}
+
+#[tokio::test]
+async fn connectors_are_checked_echoed_and_decide_about_tokens() {
+    let bench = Bench::with_image("hello").await;
+    for (ingress, opens) in [
+        (vec![], true),
+        (vec!["HTTP_INGRESS"], true),
+        (vec!["ALL_INGRESS"], true),
+        (vec!["ALL_INGRESS", "SHELL_INGRESS"], true),
+        (vec!["HTTP_INGRESS", "SHELL_INGRESS"], true),
+        (vec!["SHELL_INGRESS"], false),
+        (vec!["NO_INGRESS"], false),
+    ] {
+        let asked: Vec<String> = ingress.iter().map(|name| connector(name)).collect();
+        let run = bench.post(MICROVMS, json!({"imageIdentifier": "hello", "ingressNetworkConnectors": asked})).await;
+        assert_eq!(run.status, 200, "{ingress:?}: {run:?}");
+        let shown = if asked.is_empty() { vec![connector("HTTP_INGRESS")] } else { asked };
+        assert_eq!(run.body["ingressNetworkConnectors"], json!(shown));
+        assert!(run.body["endpoint"].is_string(), "every microVM has a hostname");
+        let minted = bench.post(&format!("{MICROVMS}/{}/auth-token", id(&run.body)), json!({"expirationInMinutes": 5, "allowedPorts": [{"allPorts": {}}]})).await;
+        if opens {
+            assert_eq!(minted.status, 200, "{ingress:?}");
+        } else {
+            assert_eq!((minted.status.as_u16(), minted.kind()), (400, "ValidationException"), "{ingress:?}");
+            assert!(minted.message().contains("requires HTTP_INGRESS"), "{}", minted.message());
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_key_is_shown_again_and_nothing_else_is_done_with_it() {
+    let bench = Bench::with_image("hello").await;
+    let run = bench.post(MICROVMS, json!({"imageIdentifier": "hello", "kmsKeyIdentifier": "alias/mine"})).await;
+    assert_eq!((run.status.as_u16(), &run.body["kmsKeyIdentifier"]), (200, &json!("alias/mine")));
 }

@@ -212,6 +212,7 @@ pub fn processes_of(dir: &Path) -> Vec<String> {
 
 pub fn request(name: &str, artifact: Artifact) -> BuildRequest {
     BuildRequest {
+        tags: Default::default(),
         name: image(name),
         artifact,
         memory: MemorySize::from_mib(512).unwrap(),
