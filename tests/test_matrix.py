@@ -502,6 +502,22 @@ def test_a_cancelled_call_and_a_deadline_reach_the_app(polyglot, port):
         assert call.unary_unary("Patience", b"", timeout=None) == b"for ever"
 
 
+@pytest.mark.parametrize("port", [GRPC, GRPC_TLS], ids=["plain", "tls"])
+def test_a_cancelled_call_wakes_nobody(node, polyglot, port):
+    """The reset of a call whose microVM sleeps is worth no wake; the app hears of it when it is awake again."""
+    with Caller(polyglot, port=port) as call:
+        name = f"left asleep {port}"
+        running = call.channel.unary_stream("/dormouse.Echo/Linger")(name.encode(), metadata=call.metadata)
+        assert next(running) == b"begun"
+        polyglot.suspend()
+        wakes = node.wakes()
+        running.cancel()
+        with pytest.raises(NeverHappened):
+            eventually("a wake", lambda: node.wakes() != wakes or polyglot.state != "SUSPENDED", within=3)
+    polyglot.resume()
+    eventually("the app to hear of it", lambda: leavers(polyglot).get(name) == 1, within=60)
+
+
 def test_messages_stay_compressed(node, polyglot):
     """A megabyte of zeros is a kilobyte as gzip has it, on the client's side and on the guest's."""
     with Caller(polyglot) as call:

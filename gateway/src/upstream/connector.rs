@@ -22,6 +22,7 @@ use super::{
     guest_socket::{GuestEnd, GuestSocket},
     h2_headers::{Bounded, Bounds},
     links::{Asleep, Links, Speaks, Target},
+    resets::Resets,
     transport::{self, Transports},
     turns::Turns,
 };
@@ -203,7 +204,7 @@ impl L4Connect for Connector {
             () = self.client_left() => Err(DialFailure::ClientLeft),
         };
         let stream = match dialled {
-            Ok(stream) if self.target.speaks == Speaks::Http2 => Box::pin(Bounded::new(stream, self.bounds)),
+            Ok(stream) if self.target.speaks == Speaks::Http2 => Box::pin(Bounded::new(Box::pin(Resets::new(stream, self.asleep())), self.bounds)),
             Ok(stream) => stream,
             Err(failure) => {
                 let _ = self.failure.set(failure);

@@ -36,6 +36,15 @@ def chat(requests, context):
         yield b"%d:%s" % (number, request)
 
 
+def linger(request, context):
+    """Says that it has begun and nothing more; counts under the name it is sent when its caller has left."""
+    gone = threading.Event()
+    context.add_callback(gone.set)
+    yield b"begun"
+    gone.wait()
+    left[request.decode()] += 1
+
+
 def sleep(request, context):
     """Answers after that many seconds unless the caller leaves before; `seconds name` counts that under the name."""
     seconds, _, name = request.decode().partition(" ")
@@ -68,6 +77,7 @@ def serve(address="0.0.0.0:50051", tls_address="0.0.0.0:50052"):
         "Countdown": grpc.unary_stream_rpc_method_handler(countdown),
         "Total": grpc.stream_unary_rpc_method_handler(total),
         "Chat": grpc.stream_stream_rpc_method_handler(chat),
+        "Linger": grpc.unary_stream_rpc_method_handler(linger),
         "Sleep": grpc.unary_unary_rpc_method_handler(sleep),
         "Leavers": grpc.unary_unary_rpc_method_handler(leavers),
         "Patience": grpc.unary_unary_rpc_method_handler(patience),
