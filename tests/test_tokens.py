@@ -688,6 +688,27 @@ def test_two_tokens_are_no_token(sleeper, pair):
     assert answer.status == 403, f"never the first, never the last: {answer}"
 
 
+def test_no_part_of_a_token_is_in_the_memory_of_a_guest(node, run, kitchen_image):
+    """What went to sleep with a microVM is searched: by every way a token may come, nothing of it is in the memory, the devices
+    or the disk. A note that the app was given is there, so that the search would have found it."""
+    vm = run(kitchen_image)
+    token = vm.token(ALL_PORTS)
+    marker = os.urandom(24).hex()
+    for by in (by_curl_h1, by_curl_h2, by_httpx):
+        assert by(vm, auth(token)).status == 200
+    offered = ["lambda-microvms", f"lambda-microvms.authentication.{token}"]
+    with websocket(f"wss://{vm.endpoint}/ws", ssl=clients.tls(node), subprotocols=offered, open_timeout=60, proxy=None) as connection:
+        connection.send("hello")
+        assert connection.recv(60) == "hello"
+    with vm.http() as client:
+        assert client.put("/note?name=marker", content=marker).status_code == 200
+    vm.suspend()
+    directory = node.data_dir / "microvms" / vm.id
+    assert Tokens([marker]).found_under(directory, largest=1 << 34), "the search does not find what the app was told"
+    found = Tokens([token, *node.minted]).found_under(directory, largest=1 << 34)
+    assert not found, found[:5]
+
+
 def test_the_guest_sees_neither_the_token_nor_any_word_of_the_platform(kitchen):
     """Whatever the client sends under the reserved prefix, the app must not see it."""
     with kitchen.http(8080, **{"X-aws-proxy-port": "8080", "X-Aws-Proxy-Whatever": "1", "X-App": "kept"}) as client:

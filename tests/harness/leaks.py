@@ -3,6 +3,8 @@
 Each part counts on its own, and so does the beginning or the end of one: a token that was cut short, or taken apart, has
 leaked too. The second part is empty in every token of ours.
 """
+import errno
+import os
 import re
 
 SHORTEST = 16  # Characters; the IV has as many.
@@ -27,7 +29,23 @@ class Tokens:
         for path in sorted(directory.rglob("*")):
             try:
                 if path.is_file() and not path.is_symlink() and path.stat().st_size <= largest:
-                    found += [f"{path} {place}" for place in self.found_in(path.read_bytes())]
+                    found += [f"{path} {place}" for place in self.found_in(data_of(path))]
             except FileNotFoundError:
                 continue  # Gone since it was listed.
         return found
+
+
+def data_of(path):
+    """A file without its holes: disks and memories of guests are gigabytes of them."""
+    with path.open("rb") as file:
+        pieces, at, end = [], 0, os.fstat(file.fileno()).st_size
+        while at < end:
+            try:
+                begin = os.lseek(file.fileno(), at, os.SEEK_DATA)
+            except OSError as none_left:
+                if none_left.errno != errno.ENXIO:
+                    raise
+                break
+            at = os.lseek(file.fileno(), begin, os.SEEK_HOLE)
+            pieces.append(os.pread(file.fileno(), at - begin, begin))
+        return b"".join(pieces)
