@@ -216,6 +216,8 @@ pub struct Log {
     pub json: bool,
     /// The file of the access log; `None`: standard error.
     pub access: Option<PathBuf>,
+    /// What is kept of one microVM's output.
+    pub microvm_bytes: u64,
 }
 
 impl Config {
@@ -327,6 +329,7 @@ impl Config {
                 filter: s.text("filter", "info", "A tracing filter such as \"info\" or \"info,gateway=debug\".", |_| Ok(())),
                 json: s.switch("json", false, "JSON lines instead of text."),
                 access: s.optional_path("access", "The access log: one JSON line per request. The file is opened again once it has been renamed or removed (log rotation). Default: standard error."),
+                microvm_bytes: s.count("microvm_bytes", 8 << 20, 64 << 10..=1 << 40, "Bytes kept of what one microVM's app says: the newest; between half of it and all of it. Eight MiB is 80,000 lines, and 8 GiB for 1,000 microVMs that all fill it. A guest that says more loses its oldest lines and is not held up. Takes effect for a microVM at its next launch or wake.") as u64,
             }),
         }
     }

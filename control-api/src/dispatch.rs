@@ -13,7 +13,7 @@ use std::{sync::Arc, time::Duration};
 use axum::{
     body::Body,
     extract::State,
-    response::{IntoResponse as _, Response},
+    response::{IntoResponse, Response},
 };
 use bytes::Bytes;
 use http::{HeaderValue, Request};
@@ -27,6 +27,7 @@ use tokio::{
 
 use crate::{
     caller::Caller,
+    extras::{self, Extras},
     operations::{self, Api},
     reply::{Answer, ApiError, ErrorKind},
     routes::{self, Operation},
@@ -48,6 +49,7 @@ pub(crate) struct Front {
     pub(crate) request_timeout: Duration,
     /// Labels: operation (a fixed set) and status code.
     pub(crate) requests: IntCounterVec,
+    pub(crate) extras: Extras,
 }
 
 /// A request that an operation answers, whole.
@@ -65,9 +67,16 @@ pub(crate) async fn handle(State(front): State<Arc<Front>>, request: Request<Bod
     }
     let id = uuid::Uuid::new_v4().to_string();
     let found = routes::find(request.method(), request.uri().path()).map(|found| found.operation);
-    let operation = found.map_or("Unknown", Operation::name);
-    let mut response = match answer(&front, request).await {
-        Ok(answer) => answer.into_response(),
+    let path = request.uri().path();
+    let extra = path.starts_with(extras::PREFIX);
+    let operation = match found {
+        Some(operation) => operation.name(),
+        None if extra => extras::name(path),
+        None => "Unknown",
+    };
+    let answered = if extra { extras::answer(&front, request).await } else { answer(&front, request).await.map(IntoResponse::into_response) };
+    let mut response = match answered {
+        Ok(response) => response,
         Err(mut error) => {
             if error.kind == ErrorKind::Throttling && found.is_some_and(Operation::is_of_tags) {
                 error.kind = ErrorKind::TooManyRequests;
@@ -139,20 +148,25 @@ async fn work(api: &Api, request: Whole) -> Result<Answer, ApiError> {
     operations::call(api, &caller, operation, input).await
 }
 
-/// Signature, route and model; who asks, and for what.
-fn check(api: &Api, request: &Whole) -> Result<(Caller, Operation, Value), ApiError> {
-    let (path, query) = (request.head.uri.path(), request.head.uri.query().unwrap_or_default());
+/// Who signed a request of this API.
+pub(crate) fn signed_by(api: &Api, head: &http::request::Parts, body: &[u8]) -> Result<Caller, ApiError> {
     let signed = Signed {
-        method: request.head.method.as_str(),
-        path,
-        query,
-        headers: &request.head.headers,
-        authority: request.head.uri.authority().map(|authority| authority.as_str()),
-        body: &request.body,
+        method: head.method.as_str(),
+        path: head.uri.path(),
+        query: head.uri.query().unwrap_or_default(),
+        headers: &head.headers,
+        authority: head.uri.authority().map(|authority| authority.as_str()),
+        body,
     };
     let keys = &api.parts.access_keys;
     let expected = Expected { region: &api.config.region, service: SERVICE, now: api.parts.clock.wall(), secret: &|id| keys.secret(id) };
-    let caller = Caller { key: sigv4::verify(&signed, &expected)? };
+    Ok(Caller { key: sigv4::verify(&signed, &expected)? })
+}
+
+/// Signature, route and model; who asks, and for what.
+fn check(api: &Api, request: &Whole) -> Result<(Caller, Operation, Value), ApiError> {
+    let (path, query) = (request.head.uri.path(), request.head.uri.query().unwrap_or_default());
+    let caller = signed_by(api, &request.head, &request.body)?;
     let found = routes::find(&request.head.method, path).ok_or_else(routes::unknown)?;
     let input = found.gather(query, &request.body)?;
     let least_idle = i64::try_from(api.config.least_idle.as_secs()).unwrap_or(i64::MAX);

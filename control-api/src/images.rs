@@ -20,6 +20,7 @@ pub(crate) trait Images: Send + Sync + 'static {
     fn snapshot_dir(&self, name: &ImageName, version: ImageVersion) -> PathBuf;
     fn tags(&self, name: &ImageName) -> Result<BTreeMap<String, String>, CatalogError>;
     async fn set_tags(&self, name: &ImageName, tags: BTreeMap<String, String>) -> Result<bool, CatalogError>;
+    fn build_log(&self, name: &ImageName, version: ImageVersion) -> PathBuf;
 }
 
 #[async_trait]
@@ -54,5 +55,9 @@ impl Images for Catalog {
 
     async fn set_tags(&self, name: &ImageName, tags: BTreeMap<String, String>) -> Result<bool, CatalogError> {
         Catalog::set_tags(self, name, tags).await
+    }
+
+    fn build_log(&self, name: &ImageName, version: ImageVersion) -> PathBuf {
+        Catalog::build_log(self, name, version)
     }
 }

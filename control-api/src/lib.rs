@@ -10,6 +10,7 @@ mod artifact;
 mod caller;
 mod client_tokens;
 mod dispatch;
+mod extras;
 mod images;
 mod model_shapes;
 mod operations;
@@ -119,7 +120,9 @@ fn route(config: ApiConfig, parts: Parts, metrics: &prometheus::Registry) -> Res
         turns: Arc::new(Semaphore::new(config.max_concurrent_requests.max(1))),
         request_timeout: config.request_timeout,
         requests,
+        extras: extras::Extras::default(),
         api: Arc::new(operations::Api {
+            log_names: Arc::new(extras::log_names::LogNames::new(config.dir.join("logs"))),
             place: arn::Place { region: config.region.clone(), account: config.account.clone() },
             config,
             parts,
@@ -127,5 +130,6 @@ fn route(config: ApiConfig, parts: Parts, metrics: &prometheus::Registry) -> Res
             tag_changes: tokio::sync::Mutex::default(),
         }),
     };
+    extras::restore_log_names(&front.api);
     Ok(axum::Router::new().fallback(dispatch::handle).with_state(Arc::new(front)))
 }

@@ -27,7 +27,9 @@ mod tags;
 mod terminate_microvm;
 mod untag_resource;
 
-use idle_controller::{MicrovmHandle, Refused};
+use std::sync::Arc;
+
+use idle_controller::{MicrovmHandle, MicrovmView, Refused};
 use model::MicrovmState;
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::Value;
@@ -37,6 +39,7 @@ use crate::{
     arn::Place,
     caller::Caller,
     client_tokens::ClientTokens,
+    extras::log_names::{LogName, LogNames},
     reply::{Answer, ApiError, ErrorKind},
     routes::Operation,
 };
@@ -49,6 +52,7 @@ pub(crate) struct Api {
     pub(crate) client_tokens: ClientTokens,
     /// Held while tags are read, changed and written.
     pub(crate) tag_changes: tokio::sync::Mutex<()>,
+    pub(crate) log_names: Arc<LogNames>,
 }
 
 /// Does what was asked.
@@ -96,13 +100,18 @@ struct OneMicrovm {
 }
 
 /// The microVM an identifier names.
-fn find_microvm(api: &Api, identifier: &str) -> Result<MicrovmHandle, ApiError> {
+pub(crate) fn find_microvm(api: &Api, identifier: &str) -> Result<MicrovmHandle, ApiError> {
     let handle = identifier.parse().ok().and_then(|id| api.parts.controller.find(id));
     handle.ok_or_else(|| ApiError::not_found(format!("MicroVM not found: {identifier}")))
 }
 
 fn named_microvm(api: &Api, input: Value) -> Result<MicrovmHandle, ApiError> {
     find_microvm(api, &read::<OneMicrovm>(input)?.microvm_identifier)
+}
+
+/// The name of a microVM's log; `None` if it has none.
+pub(crate) fn log_name(view: &MicrovmView) -> Option<LogName> {
+    LogName::of(view, microvm_body::Remembered::of(view).logging.as_ref())
 }
 
 /// AWS's words for changing what has ended (aws-behaviour §3.4).

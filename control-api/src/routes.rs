@@ -7,6 +7,7 @@ use percent_encoding::percent_decode_str;
 use serde_json::{Map, Value};
 
 use crate::{
+    extras,
     model_shapes as shapes,
     reply::{ApiError, ErrorKind},
     shape::{Shape, serialization},
@@ -72,7 +73,7 @@ const TABLE: [(&str, &str, Operation); 24] = [
 
 /// Whether a path belongs to this API at all; everything else is S3's.
 pub(crate) fn is_api_path(path: &str) -> bool {
-    ["/2025-09-09/", "/2017-03-31/"].iter().any(|prefix| path.starts_with(prefix))
+    ["/2025-09-09/", "/2017-03-31/", extras::PREFIX].iter().any(|prefix| path.starts_with(prefix))
 }
 
 impl Operation {

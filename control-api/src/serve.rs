@@ -17,6 +17,8 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
+use crate::extras::Closing;
+
 /// Each may hold one request body of 1 MiB; S3 uploads are streamed.
 const MAX_CONNECTIONS: usize = 1_024;
 /// From the first byte of a connection, or of the next request on it, to the end of the header.
@@ -28,6 +30,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Serves until `shutdown`; then takes nothing new and gives what runs at most `grace`.
 pub async fn serve(listener: TcpListener, router: axum::Router, shutdown: CancellationToken, grace: Duration) -> io::Result<()> {
+    let router = router.layer(axum::Extension(Closing(shutdown.clone())));
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let mut connections = JoinSet::new();
     loop {

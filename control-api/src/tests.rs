@@ -5,5 +5,6 @@ mod artifacts;
 mod bench;
 mod by_hand;
 mod calls;
+mod extras;
 mod refusals;
 mod tags;

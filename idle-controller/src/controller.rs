@@ -27,7 +27,7 @@ use crate::{
     handle::{MicrovmHandle, MicrovmView, Seat},
     machine::{Effect, Machine, Phase, Policy},
     metrics::Metrics,
-    operations::blocking_io,
+    operations::{LOG_DIR, blocking_io},
     reconcile,
     registry::{Opened, Record, SavedState, Store},
 };
@@ -71,6 +71,8 @@ pub struct RunSpec {
     pub identity: BTreeMap<String, String>,
     /// Opaque to the controller: what the API wants to remember of the request, as JSON.
     pub request: serde_json::Value,
+    /// Whether what its app says is kept.
+    pub keep_output: bool,
 }
 
 /// Why the controller could not take a microVM or start at all.
@@ -312,6 +314,11 @@ impl Controller {
         self.inner.node.endpoints.get(&endpoint).map(|found| found.value().clone())
     }
 
+    /// Where the output of a microVM's app is: `app.log`, and `app.log.1` with what is older. May not be there (yet).
+    pub fn log_dir(&self, id: MicrovmId) -> PathBuf {
+        self.inner.node.microvm_dir(id).join(LOG_DIR)
+    }
+
     /// All, newest first.
     pub fn list(&self) -> Vec<MicrovmView> {
         let mut views: Vec<MicrovmView> = self.inner.node.microvms.iter().map(|entry| entry.value().view()).collect();
@@ -356,6 +363,7 @@ async fn take(node: &Arc<Node>, spec: RunSpec, ticket: Ticket) -> Result<Microvm
         max_duration,
         identity: spec.identity,
         request: spec.request,
+        keep_output: spec.keep_output,
         started_at: wall,
         generation: Generation::default(),
         state: SavedState::Pending,
@@ -401,6 +409,7 @@ mod tests {
             max_duration: MAX_DURATION,
             identity: BTreeMap::new(),
             request: serde_json::Value::Null,
+            keep_output: true,
         };
         let handle = controller.find(controller.run(spec).await.unwrap().id).unwrap();
         handle.wait_until(|view| view.state == MicrovmState::Running).await;

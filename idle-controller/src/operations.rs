@@ -13,7 +13,7 @@ use std::{
 
 use model::chain;
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
-use vmm_runtime::engine::{EngineError, LaunchSpec, RestoreSpec, SnapshotRecord, Started, SuspendOutcome, Vm};
+use vmm_runtime::engine::{EngineError, LaunchSpec, NO_OUTPUT, RestoreSpec, SnapshotRecord, Started, SuspendOutcome, Vm};
 
 use crate::{controller::Node, metrics::Counted, registry::Record};
 
@@ -22,6 +22,9 @@ use crate::{controller::Node, metrics::Counted, registry::Record};
 const OVERTAKE_GRACE: Duration = Duration::from_secs(2);
 /// How long an engine may take to kill a process.
 const KILL_LIMIT: Duration = Duration::from_secs(10);
+
+/// In a microVM's directory: where engines keep what its app says (see `vmm_runtime::engine::NO_OUTPUT`).
+pub(crate) const LOG_DIR: &str = "log";
 
 /// What is in flight.
 pub(crate) struct Operation {
@@ -82,7 +85,7 @@ pub(crate) async fn launch(node: Arc<Node>, record: Record, cancel: Cancellation
     let dir = node.microvm_dir(record.id);
     in_turn(&node, cancel, async {
         let made = dir.clone();
-        blocking_io(move || fresh_dir(&made))
+        blocking_io(move || fresh_dir(&made, record.keep_output))
             .await
             .map_err(|source| EngineError::Failed { doing: format!("making {}", dir.display()), source: Box::new(source) })?;
         let spec = LaunchSpec { id: record.id, dir, image_dir: record.image_dir, identity: record.identity };
@@ -201,12 +204,13 @@ pub(crate) async fn remove_dir(dir: &Path) -> io::Result<()> {
     blocking_io(move || absent_is_fine(std::fs::remove_dir_all(dir))).await
 }
 
-fn fresh_dir(dir: &Path) -> io::Result<()> {
+fn fresh_dir(dir: &Path, keep_output: bool) -> io::Result<()> {
     absent_is_fine(std::fs::remove_dir_all(dir))?;
-    std::fs::create_dir_all(dir)
+    std::fs::create_dir_all(dir)?;
+    if keep_output { Ok(()) } else { std::fs::write(dir.join(NO_OUTPUT), "") }
 }
 
-/// Logs are what ends in `.log`; what was set aside before stays set aside.
+/// Logs are what is in [`LOG_DIR`] and what ends in `.log`; what was set aside before stays set aside.
 fn clear(dir: &Path, remains: Remains) -> io::Result<()> {
     let entries = match std::fs::read_dir(dir) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -217,7 +221,7 @@ fn clear(dir: &Path, remains: Remains) -> io::Result<()> {
         let entry = entry?;
         let name = entry.file_name();
         let text = name.to_string_lossy();
-        if text.ends_with(".log") || text.starts_with("damaged-") {
+        if text == LOG_DIR || text.ends_with(".log") || text.starts_with("damaged-") {
             continue;
         }
         let done = match remains {
@@ -250,7 +254,7 @@ mod tests {
     fn logs_stay_and_a_damaged_snapshot_is_set_aside() {
         let dir = tempfile::tempdir().unwrap();
         let make = || {
-            for file in ["console.log", "memory", "layers/1/disk"] {
+            for file in ["log/app.log", "log/app.log.1", "console.log", "memory", "layers/1/disk"] {
                 let path = dir.path().join(file);
                 std::fs::create_dir_all(path.parent().unwrap()).unwrap();
                 std::fs::write(path, file).unwrap();
@@ -263,11 +267,13 @@ mod tests {
         };
         make();
         clear(dir.path(), Remains::Damaged).unwrap();
-        assert_eq!(names(), ["console.log", "damaged-layers", "damaged-memory"]);
+        assert_eq!(names(), ["console.log", "damaged-layers", "damaged-memory", "log"]);
+        assert_eq!(std::fs::read_to_string(dir.path().join("log/app.log")).unwrap(), "log/app.log");
         assert_eq!(std::fs::read_to_string(dir.path().join("damaged-layers/1/disk")).unwrap(), "layers/1/disk");
         make();
         clear(dir.path(), Remains::Logs).unwrap();
-        assert_eq!(names(), ["console.log", "damaged-layers", "damaged-memory"]);
+        assert_eq!(names(), ["console.log", "damaged-layers", "damaged-memory", "log"]);
+        assert_eq!(std::fs::read_to_string(dir.path().join("log/app.log.1")).unwrap(), "log/app.log.1");
         clear(&dir.path().join("absent"), Remains::Logs).unwrap();
     }
 }

@@ -50,6 +50,9 @@ pub(crate) struct Record {
     pub(crate) max_duration: Duration,
     pub(crate) identity: BTreeMap<String, String>,
     pub(crate) request: serde_json::Value,
+    /// Records of older programs lack it; they kept all output.
+    #[serde(default = "yes")]
+    pub(crate) keep_output: bool,
     pub(crate) started_at: SystemTime,
     pub(crate) generation: Generation,
     pub(crate) state: SavedState,
@@ -60,6 +63,10 @@ pub(crate) struct Record {
     pub(crate) lived: Duration,
     /// Of the suspended duration, used up at `saved_at`; zero unless it is suspended.
     pub(crate) asleep: Duration,
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// What a record says of the life.
@@ -285,6 +292,7 @@ mod tests {
             max_duration: Duration::from_secs(28_800),
             identity: BTreeMap::from([("AWS_REGION".to_owned(), "eu-north-1".to_owned())]),
             request: serde_json::json!({"clientToken": "t", "tags": [1, null]}),
+            keep_output: false,
             started_at: SystemTime::UNIX_EPOCH + Duration::from_nanos(1_700_000_000_123_456_789),
             generation: Generation(3),
             state: SavedState::Terminated { reason: EndReason::AppExited(137), at: SystemTime::UNIX_EPOCH },

@@ -18,7 +18,7 @@ use vmm_runtime::{
     engine::{AppSpec, BootSpec, Engine, LaunchSpec, Phases, RestoreSpec, Started, SuspendOutcome, Vm},
     guest_kit::{self, GuestKit},
     kvm::{KvmConfig, KvmEngine},
-    qemu::{Accel, HostConfig, Limits, PoolConfig, QemuConfig, QemuEngine},
+    qemu::{Accel, DEFAULT_LOG_BYTES, HostConfig, Limits, PoolConfig, QemuConfig, QemuEngine},
 };
 
 use crate::{
@@ -42,7 +42,7 @@ impl Guests {
     fn host(&self, name: &str) -> Result<HostConfig> {
         let GuestKit { kernel, initrd, fingerprint } = guest_kit::assemble(&self.kernel_dir, &self.agent, &self.dir.join(name).join("kit"))?;
         let pool = PoolConfig { per_image: 2, total: 4 };
-        Ok(HostConfig { kernel, initrd, guest_fingerprint: fingerprint, run_dir: self.dir.join(name).join("run"), pool, limits: Limits::default() })
+        Ok(HostConfig { kernel, initrd, guest_fingerprint: fingerprint, run_dir: self.dir.join(name).join("run"), pool, limits: Limits::default(), log_bytes: DEFAULT_LOG_BYTES })
     }
 
     pub async fn qemu(&self) -> Result<QemuEngine> {

@@ -18,6 +18,10 @@ use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_util::sync::CancellationToken;
 
+/// A file of this name in a microVM's directory, put there before its launch, asks the engine to keep nothing of what the app
+/// says, in no life of the microVM. Without it the output is in `log/app.log` and, what is older, in `log/app.log.1`.
+pub const NO_OUTPUT: &str = "no-output";
+
 /// A byte stream to `127.0.0.1:<port>` in a guest. Half-close (`shutdown`) reaches the other end as end of file.
 ///
 /// A stream that is open when its microVM is suspended is *parked*: it stays valid, and bytes written to it before the
@@ -47,7 +51,7 @@ pub struct BootSpec {
 pub struct LaunchSpec {
     /// Its id.
     pub id: MicrovmId,
-    /// Its own directory; exists and is empty.
+    /// Its own directory; exists and is empty, but for [`NO_OUTPUT`].
     pub dir: PathBuf,
     /// The directory that [`Engine::capture_image`] filled.
     pub image_dir: PathBuf,

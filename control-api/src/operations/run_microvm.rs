@@ -1,8 +1,8 @@
 //! RunMicrovm: a new microVM from an image.
 
-use std::{collections::BTreeMap, path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
 
-use idle_controller::{ControllerError, RunSpec};
+use idle_controller::{ControllerError, MicrovmView, RunSpec};
 use image_builder::{BuildState, ImageRecord};
 use model::{IdlePolicy, MAX_DURATION};
 use serde::Deserialize;
@@ -17,6 +17,7 @@ use crate::{
     arn::{EGRESS, INGRESS, Wording, unknown_image, unknown_version},
     caller::Caller,
     client_tokens::Call,
+    extras::log_names,
     reply::{Answer, ApiError, ErrorKind},
 };
 
@@ -80,6 +81,7 @@ async fn run(api: &Api, caller: &Caller, input: Input) -> Result<Answer, ApiErro
         kms_key_identifier: input.kms_key_identifier,
     };
     let spec = RunSpec {
+        keep_output: remembered.logging.as_ref().is_none_or(log_names::keeps_output),
         identity: identity(api, &image),
         image: image.name,
         version: image.version,
@@ -93,9 +95,22 @@ async fn run(api: &Api, caller: &Caller, input: Input) -> Result<Answer, ApiErro
         request: serde_json::to_value(remembered).map_err(|cause| ApiError::internal("writing down a request", &cause))?,
     };
     match api.parts.controller.run(spec).await {
-        Ok(view) => Ok(Answer::ok(microvm_body::whole(api, &view))),
+        Ok(view) => {
+            name_log(api, &view).await;
+            Ok(Answer::ok(microvm_body::whole(api, &view)))
+        }
         Err(full @ ControllerError::Full { .. }) => Err(ApiError::new(ErrorKind::ServiceQuotaExceeded, format!("{full}; terminate some first"))),
         Err(error) => Err(ApiError::internal("taking a new MicroVM", &error)),
+    }
+}
+
+/// The log is found under its name from now on.
+async fn name_log(api: &Api, view: &MicrovmView) {
+    let Some(name) = super::log_name(view) else { return };
+    let (names, controller, id) = (Arc::clone(&api.log_names), api.parts.controller.clone(), view.id);
+    let named = tokio::task::spawn_blocking(move || names.began(id, &name, &controller.log_dir(id), |id| controller.find(id).is_some()));
+    if let Err(panicked) = named.await {
+        tracing::error!(microvm.id = %view.id, error = %panicked, "naming a log ended unexpectedly");
     }
 }
 

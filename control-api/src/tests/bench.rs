@@ -109,6 +109,10 @@ impl Images for ScriptedImages {
     async fn set_tags(&self, name: &ImageName, tags: BTreeMap<String, String>) -> Result<bool, CatalogError> {
         Ok(self.tags.lock().get_mut(name).map(|mine| *mine = tags).is_some())
     }
+
+    fn build_log(&self, name: &ImageName, version: ImageVersion) -> PathBuf {
+        PathBuf::from(format!("/images/{name}/{version}/build.log"))
+    }
 }
 
 /// A node's API.
@@ -219,6 +223,11 @@ impl Bench {
         let (head, body) = sender.send_request(request).await.unwrap().into_parts();
         let body = body.collect().await.unwrap().to_bytes();
         Got { status: head.status, headers: head.headers, body: serde_json::from_slice(&body).unwrap_or(Value::Null), text: String::from_utf8_lossy(&body).into_owned() }
+    }
+
+    /// The listener closes, as at the end of a node.
+    pub(super) fn close(&self) {
+        self.stop.cancel();
     }
 
     /// The counter of an operation and status.

@@ -145,6 +145,7 @@ impl Rig {
             max_duration: Duration::from_secs(3600),
             identity: BTreeMap::new(),
             request: serde_json::Value::Null,
+            keep_output: true,
         };
         let view = self.controller.run(spec).await.unwrap();
         let handle = self.controller.find(view.id).unwrap();

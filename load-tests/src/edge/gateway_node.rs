@@ -67,6 +67,7 @@ async fn serve(dir: &Path, settings: &serde_json::Value) -> Result<()> {
         max_duration: hour,
         identity: BTreeMap::new(),
         request: serde_json::Value::Null,
+        keep_output: true,
     };
     let view = controller.run(spec).await?;
     let microvm = controller.find(view.id).context("the microVM has gone")?;

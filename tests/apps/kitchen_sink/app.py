@@ -5,6 +5,7 @@ It keeps its state in memory on purpose: what is still there after a sleep came 
 import hashlib
 import json
 import os
+import sys
 import threading
 import time
 import uuid
@@ -199,6 +200,16 @@ class Handler(BaseHTTPRequestHandler):
             websocket.echo(self.rfile, self.wfile)
         except OSError:
             pass  # The client left without a close frame.
+
+    def path_say(self):
+        """?text= is said as a line, ?bytes=N as many bytes in lines of a hundred."""
+        if "text" in self.query:
+            print(self.query["text"], flush=True)
+        line = "x" * 99 + "\n"
+        for _ in range(int(self.query.get("bytes", 0)) // (len(line) * 100)):
+            sys.stdout.write(line * 100)
+        sys.stdout.flush()
+        self.answer({})
 
     def path_exit(self):
         self.answer({"exiting": self.query.get("code", "0")})

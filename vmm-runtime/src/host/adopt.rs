@@ -81,7 +81,7 @@ async fn take_over<B: Backend>(
     let backend = &shared.backend;
     let image = image::load(shared, image_dir).await?;
     let vmm = backend.reconnect(process, &image).await?;
-    let link = new_link(dir);
+    let link = new_link(shared, dir);
     attach(backend, process, &vmm, &link, || Ok(Attach::Adopted), shared.config.limits.attach, "answer after the node's restart").await?;
     let layers = Layers::existing(dir, B::LAYER_FILES, record.sealed_layers.clone(), record.generation);
     let kind = Kind::Microvm { id, generation: record.generation, image, layers: tokio::sync::Mutex::new(layers) };

@@ -1,4 +1,6 @@
 //! What the app says on stdout and stderr, kept in `<microVM>/log/app.log` within a bound.
+//!
+//! Owns: the two files and their bound. Never holds a guest up: what cannot be written is lost, and told once.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -8,8 +10,10 @@ use std::{
 
 use parking_lot::Mutex;
 
-/// A file that has grown to this becomes `app.log.1`, so that a microVM's log takes at most twice as much.
-const MAX_BYTES: u64 = 4 << 20;
+use crate::engine::NO_OUTPUT;
+
+/// What the log of one microVM may take unless the operator says otherwise; `[log] microvm_bytes` has the reason.
+pub const DEFAULT_LOG_BYTES: u64 = 8 << 20;
 
 struct Current {
     file: File,
@@ -19,30 +23,43 @@ struct Current {
 /// The log of one microVM. Trouble with it is reported once and never felt by the guest.
 pub(super) struct AppLog {
     path: PathBuf,
+    /// A file that has grown to this becomes `app.log.1` in place of an older one.
+    rotate_at: u64,
+    /// `None`: nothing is kept (any more).
     current: Mutex<Option<Current>>,
 }
 
 impl AppLog {
-    pub fn open(microvm_dir: &Path) -> Self {
+    /// Goes on where an earlier one of the microVM was. Both files together take at most `bytes`.
+    pub fn open(microvm_dir: &Path, bytes: u64) -> Self {
         let path = microvm_dir.join("log/app.log");
-        let current = open(&path).inspect_err(|error| complain(&path, error)).ok();
-        Self { path, current: Mutex::new(current) }
+        let rotate_at = (bytes / 2).max(1);
+        let wanted = !microvm_dir.join(NO_OUTPUT).exists();
+        let current = if wanted { open(&path).inspect_err(|error| complain(&path, error)).ok() } else { None };
+        Self { path, rotate_at, current: Mutex::new(current) }
     }
 
-    pub fn append(&self, output: &[u8]) {
+    pub fn append(&self, mut output: &[u8]) {
         let mut current = self.current.lock();
-        let Some(log) = current.as_mut() else { return };
-        let written = log.file.write_all(output).and_then(|()| {
-            log.bytes += output.len() as u64;
-            if log.bytes >= MAX_BYTES {
-                fs::rename(&self.path, self.path.with_extension("log.1"))?;
-                *log = open(&self.path)?;
+        while let Some(log) = current.as_mut()
+            && !output.is_empty()
+        {
+            // A file never grows beyond its half, however much comes at a time.
+            let room = usize::try_from(self.rotate_at.saturating_sub(log.bytes)).unwrap_or(usize::MAX);
+            let (now, later) = output.split_at(output.len().min(room));
+            output = later;
+            let written = log.file.write_all(now).and_then(|()| {
+                log.bytes += now.len() as u64;
+                if log.bytes >= self.rotate_at {
+                    fs::rename(&self.path, self.path.with_extension("log.1"))?;
+                    *log = open(&self.path)?;
+                }
+                Ok(())
+            });
+            if let Err(error) = written {
+                complain(&self.path, &error);
+                *current = None;
             }
-            Ok(())
-        });
-        if let Err(error) = written {
-            complain(&self.path, &error);
-            *current = None;
         }
     }
 }
@@ -64,16 +81,40 @@ fn complain(path: &Path, error: &io::Error) {
 mod tests {
     use super::*;
 
+    fn sizes(dir: &Path) -> Vec<(String, u64)> {
+        let mut sizes: Vec<_> =
+            fs::read_dir(dir.join("log")).unwrap().map(|entry| entry.unwrap()).map(|entry| (entry.file_name().into_string().unwrap(), entry.metadata().unwrap().len())).collect();
+        sizes.sort();
+        sizes
+    }
+
     #[test]
     fn the_log_is_bounded_and_keeps_the_newest() {
         let dir = tempfile::tempdir().unwrap();
         for round in 0..11u8 {
             // Opened anew each time: a restart goes on where it was.
-            AppLog::open(dir.path()).append(&vec![round; 1 << 20]);
+            AppLog::open(dir.path(), 8 << 20).append(&vec![round; 1 << 20]);
         }
-        let log = dir.path().join("log");
-        let total: u64 = fs::read_dir(&log).unwrap().map(|entry| entry.unwrap().metadata().unwrap().len()).sum();
-        assert_eq!(total, 7 << 20);
-        assert_eq!(fs::read(log.join("app.log")).unwrap().last(), Some(&10));
+        assert_eq!(sizes(dir.path()), [("app.log".to_owned(), 3 << 20), ("app.log.1".to_owned(), 4 << 20)]);
+        assert_eq!(fs::read(dir.path().join("log/app.log")).unwrap().last(), Some(&10));
+    }
+
+    #[test]
+    fn one_large_piece_keeps_the_bound_and_its_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = AppLog::open(dir.path(), 1000);
+        let flood: Vec<u8> = (0..12_345).map(|n| (n / 100) as u8).collect();
+        log.append(&flood);
+        assert_eq!(sizes(dir.path()), [("app.log".to_owned(), 345), ("app.log.1".to_owned(), 500)]);
+        let kept = [fs::read(dir.path().join("log/app.log.1")).unwrap(), fs::read(dir.path().join("log/app.log")).unwrap()].concat();
+        assert_eq!(kept, flood[12_345 - 845..]);
+    }
+
+    #[test]
+    fn nothing_is_kept_where_nothing_is_wanted() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join(NO_OUTPUT), "").unwrap();
+        AppLog::open(dir.path(), 1000).append(b"a secret");
+        assert!(!dir.path().join("log").exists());
     }
 }

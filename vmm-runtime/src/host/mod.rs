@@ -44,6 +44,7 @@ use parking_lot::Mutex;
 
 use self::{cgroup::Cgroups, pool::Pool, process::Process};
 pub use self::{
+    applog::DEFAULT_LOG_BYTES,
     backend::{Backend, Load, Role, Save, SavedParts},
     image::Image,
     layers::Layers,
@@ -106,6 +107,8 @@ pub struct HostConfig {
     pub pool: PoolConfig,
     /// Deadlines.
     pub limits: Limits,
+    /// Bytes that are kept of what one microVM's app says.
+    pub log_bytes: u64,
 }
 
 /// What the engine and its microVMs share.

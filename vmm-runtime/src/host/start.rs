@@ -40,8 +40,8 @@ use crate::{
 const ENTROPY_BYTES: usize = 64;
 
 /// The host's end of the channel of a microVM that had none.
-pub(super) fn new_link(microvm_dir: &Path) -> Arc<AgentLink> {
-    let log = AppLog::open(microvm_dir);
+pub(super) fn new_link<B: Backend>(shared: &Shared<B>, microvm_dir: &Path) -> Arc<AgentLink> {
+    let log = AppLog::open(microvm_dir, shared.config.log_bytes);
     AgentLink::new(Box::new(move |output| log.append(output)))
 }
 
@@ -98,7 +98,7 @@ pub(super) async fn boot<B: Backend>(shared: &Arc<Shared<B>>, spec: BootSpec) ->
     let role = Role::Boot { shape: spec.shape, memory: spec.dir.join(BOOT_MEMORY), root_disk: spec.root_disk.clone() };
     let Ready { process, vmm } = pool::start(shared, &role, Priority::Normal).await?;
     let process = KillOnDrop::new(process);
-    let link = new_link(&spec.dir);
+    let link = new_link(shared, &spec.dir);
     attach(backend, process.get(), &vmm, &link, || Ok(Attach::Boot), config.limits.boot, "boot to its agent").await?;
     let exposed = spec.app.exposed.clone();
     match link.call(Request::Start(spec.app), config.limits.start_app).await {
@@ -131,7 +131,7 @@ pub(super) async fn launch<B: Backend>(shared: &Arc<Shared<B>>, spec: LaunchSpec
     let mut watch = Stopwatch::start();
     let image = image::load(shared, &spec.image_dir).await?;
     let state = image::read_state(&image.dir, &image.manifest.state)?;
-    let link = new_link(&spec.dir);
+    let link = new_link(shared, &spec.dir);
     watch.lap("verify");
     let clone = Clone {
         shared,
@@ -168,7 +168,7 @@ pub(super) async fn restore<B: Backend>(shared: &Arc<Shared<B>>, spec: RestoreSp
         let wrote_it = matches!(&core.kind, Kind::Microvm { id, generation, .. } if (*id, *generation) == (manifest.id, manifest.record.generation));
         wrote_it && *core.life.borrow() == Life::Suspended
     });
-    let link = predecessor.map_or_else(|| new_link(&spec.dir), |core| core.link.clone());
+    let link = predecessor.map_or_else(|| new_link(shared, &spec.dir), |core| core.link.clone());
     watch.lap("verify");
     let snapshot_generation = manifest.record.generation;
     let layer_names: Vec<String> = manifest.layers.iter().map(|layer| layer.file.clone()).collect();

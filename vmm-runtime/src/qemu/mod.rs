@@ -28,7 +28,7 @@ use self::{
     memory::{Mapping, WriteError},
     qmp::{Qmp, QmpError},
 };
-pub use crate::host::{HostConfig, Limits, PoolConfig, process};
+pub use crate::host::{DEFAULT_LOG_BYTES, HostConfig, Limits, PoolConfig, process};
 use crate::{
     engine::{EngineError, Usage},
     host::{

@@ -19,7 +19,7 @@ use vmm_runtime::{
     conformance::{self, Bench, HTTP},
     engine::{AppSpec, Engine, LaunchSpec},
     guest_kit::{self, GuestKit},
-    qemu::{HostConfig, Limits, PoolConfig, process::Process},
+    qemu::{DEFAULT_LOG_BYTES, HostConfig, Limits, PoolConfig, process::Process},
 };
 
 /// Length of a root disk.
@@ -133,7 +133,7 @@ impl<S: Start> GuestBench<S> {
     pub async fn start(&self) -> S::Started {
         let GuestKit { kernel, initrd, fingerprint } = self.guests.kit.clone();
         let pool = PoolConfig { per_image: 1, total: 4 };
-        let host = HostConfig { kernel, initrd, guest_fingerprint: fingerprint, run_dir: self.run_dir(), pool, limits: self.limits };
+        let host = HostConfig { kernel, initrd, guest_fingerprint: fingerprint, run_dir: self.run_dir(), pool, limits: self.limits, log_bytes: DEFAULT_LOG_BYTES };
         self.start.start(host).await
     }
 

@@ -7,7 +7,7 @@ use tokio::net::UnixStream;
 use super::*;
 use crate::{
     engine::{ImageSnapshot, Usage},
-    host::{HostConfig, Limits, Load, ProcessEngine, Save, SavedParts, Stopwatch},
+    host::{DEFAULT_LOG_BYTES, HostConfig, Limits, Load, ProcessEngine, Save, SavedParts, Stopwatch},
     snapshot::manifest::{FORMAT, Fingerprint, ImageManifest, Part},
 };
 
@@ -93,6 +93,7 @@ fn engine(run_dir: &Path, pool: PoolConfig) -> ProcessEngine<Fake> {
         run_dir: run_dir.to_owned(),
         pool,
         limits: Limits::default(),
+        log_bytes: DEFAULT_LOG_BYTES,
     };
     ProcessEngine::over(Fake::default(), config).unwrap()
 }
