@@ -113,6 +113,8 @@ pub struct EdgeLimits {
     pub max_body_bytes: Option<u64>,
     /// Tokens a second that are opened for one address (one /64 of IPv6); `None`: any.
     pub max_tokens_per_second: Option<u32>,
+    /// Shells of one microVM at a time.
+    pub max_shells_per_microvm: u64,
     /// How long running requests may go on after SIGTERM.
     pub grace: Duration,
 }
@@ -290,6 +292,7 @@ impl Config {
                     max_answer_header_bytes: s.count("max_answer_header_bytes", 64 << 10, 4 << 10..=1 << 20, "Bytes of an answer's header that a guest may send (502)."),
                     max_body_bytes: s.optional_count("max_body_bytes", 0, 0..=1 << 50, "Bytes of a request body (413). 0: any, as nothing is stored on the way.").map(|bytes| bytes as u64),
                     max_tokens_per_second: s.optional_count("max_tokens_per_second", 100_000, 0..=10_000_000, "Tokens a second that are opened for one address (one /64 of IPv6); more are told 429. Opening one takes 2 to 5 microseconds: no one address gets more than half a core to guess with. 0: any.").map(|rate| rate as u32),
+                    max_shells_per_microvm: s.count("max_shells_per_microvm", 8, 0..=64, "Shells of one microVM at a time; one more is told 503. A shell is a process of the guest and some 200 KiB of its agent; a person rarely has more than a few windows. 0: no shells.") as u64,
                     grace: s.seconds("grace_secs", 30, 0..=3_600, "How long running requests may go on after SIGTERM."),
                 },
             }),

@@ -5,6 +5,7 @@
 
 mod create_auth_token;
 mod create_image;
+mod create_shell_auth_token;
 mod get_image;
 mod get_image_build;
 mod get_image_version;
@@ -65,6 +66,7 @@ pub(crate) async fn call(api: &Api, caller: &Caller, operation: Operation, input
         Operation::SuspendMicrovm => suspend_microvm::call(api, input).await,
         Operation::ResumeMicrovm => resume_microvm::call(api, input).await,
         Operation::CreateMicrovmAuthToken => create_auth_token::call(api, input),
+        Operation::CreateMicrovmShellAuthToken => create_shell_auth_token::call(api, input),
         Operation::CreateMicrovmImage => create_image::call(api, caller, input).await,
         Operation::ListMicrovmImages => list_images::call(api, input),
         Operation::GetMicrovmImage => get_image::call(api, input),
@@ -77,8 +79,7 @@ pub(crate) async fn call(api: &Api, caller: &Caller, operation: Operation, input
         Operation::ListTags => list_tags::call(api, input),
         Operation::TagResource => tag_resource::call(api, input).await,
         Operation::UntagResource => untag_resource::call(api, input).await,
-        Operation::CreateMicrovmShellAuthToken
-        | Operation::UpdateMicrovmImage
+        Operation::UpdateMicrovmImage
         | Operation::DeleteMicrovmImage
         | Operation::UpdateMicrovmImageVersion
         | Operation::DeleteMicrovmImageVersion => {

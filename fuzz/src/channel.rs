@@ -5,7 +5,7 @@
 use std::{io, sync::Arc, time::Duration};
 
 use bytes::{Bytes, BytesMut};
-use model::Port;
+use model::{Door, Port};
 use protocol::{
     agent::{Reply, Request, Restored},
     frame::{Assembler, Decoded, Decoder, Kind, MARKER, put_frame, put_message},
@@ -143,7 +143,8 @@ pub struct Good {
 impl Guest for Good {
     type Conn = DuplexStream;
 
-    async fn connect(&self, port: Port) -> io::Result<DuplexStream> {
+    async fn connect(&self, door: Door) -> io::Result<DuplexStream> {
+        let Door::Port(port) = door else { return Err(io::ErrorKind::NotFound.into()) };
         let (near, far) = duplex(10_000);
         match port.get() {
             CLOSED => return Err(io::ErrorKind::ConnectionRefused.into()),

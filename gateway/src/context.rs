@@ -6,6 +6,7 @@ use std::{
 };
 
 use idle_controller::{Awake, WakeReport};
+use model::MicrovmId;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::{
@@ -13,6 +14,7 @@ use crate::{
     drain::InFlight,
     metrics::{Open, Protocol, StreamKind},
     reply::{Asker, Reason},
+    tally::Share,
     upstream::{
         connector::{FailureSlot, TunnelSlot},
         links::{Speaks, Target, Use},
@@ -41,6 +43,8 @@ pub(crate) struct Context {
     pub handshake: Option<Handshake>,
     /// Proof that the request passed every check.
     pub permit: Option<Permit>,
+    /// Its place among the shells of its microVM, if it is one.
+    pub shell: Option<Share<MicrovmId>>,
     /// Until when the request may be held for a wake, in all.
     pub hold_until: Instant,
     /// Leave to talk to the microVM; also its hold.
@@ -109,6 +113,7 @@ impl Context {
             asker: Asker::Plain,
             handshake: None,
             permit: None,
+            shell: None,
             hold_until: begun + hold,
             awake: None,
             wake: None,

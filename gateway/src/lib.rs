@@ -129,6 +129,7 @@ impl Gateway {
             microvms: microvms.into(),
             held: Arc::default(),
             tokens: Rate::default(),
+            shells: Arc::default(),
             keys,
             metrics,
             log: log.clone(),

@@ -1,13 +1,16 @@
-//! Which guest port a request asks for: `X-aws-proxy-port` → subprotocol → 8080 (aws-behaviour §1.2).
+//! Which guest port a request asks for: `X-aws-proxy-port` → subprotocol (aws-behaviour §1.2).
 
 use http::HeaderMap;
 use model::Port;
 
 use crate::{headers::PORT_FIELD, reply::Reason, websocket::Offer};
 
-/// The port asked for. The text is taken strictly: a malformed or doubled one is refused, also where another source would
+/// The port that stands for a shell, where a client names one at all (aws-behaviour §2.1). Nothing listens there for it.
+pub(crate) const SHELL: Port = Port::new(8022).expect("it is not 0");
+
+/// The port asked for, if one is. The text is taken strictly: a malformed or doubled one is refused, also where another source would
 /// have won, so that no two readers of one request can disagree about its port.
-pub(crate) fn requested(headers: &HeaderMap, offer: Option<&Offer>) -> Result<Port, Reason> {
+pub(crate) fn requested(headers: &HeaderMap, offer: Option<&Offer>) -> Result<Option<Port>, Reason> {
     let mut fields = headers.get_all(PORT_FIELD).iter().map(|value| value.to_str().map_err(|_| Reason::PortMalformed));
     let field = fields.next().transpose()?;
     if fields.next().is_some() {
@@ -20,7 +23,7 @@ pub(crate) fn requested(headers: &HeaderMap, offer: Option<&Offer>) -> Result<Po
     };
     let parse = |text: Option<&str>| text.map(|text| text.parse::<Port>().map_err(|_| Reason::PortMalformed)).transpose();
     let (field, offered) = (parse(field)?, parse(offered)?);
-    Ok(field.or(offered).unwrap_or(Port::DEFAULT))
+    Ok(field.or(offered))
 }
 
 #[cfg(test)]
@@ -29,22 +32,22 @@ mod tests {
 
     use super::*;
 
-    fn check(fields: &[&[u8]], offered: &[&str], expected: Result<u16, Reason>) {
+    fn check(fields: &[&[u8]], offered: &[&str], expected: Result<Option<u16>, Reason>) {
         let mut headers = HeaderMap::new();
         for field in fields {
             headers.append(PORT_FIELD, HeaderValue::from_bytes(field).unwrap());
         }
         let offer = Offer { ports: offered.iter().map(|port| (*port).to_owned()).collect(), ..Offer::default() };
-        assert_eq!(requested(&headers, Some(&offer)).map(Port::get), expected, "{fields:?} {offered:?}");
+        assert_eq!(requested(&headers, Some(&offer)).map(|port| port.map(Port::get)), expected, "{fields:?} {offered:?}");
     }
 
     #[test]
-    fn the_field_wins_over_the_subprotocol_and_that_over_the_default() {
-        check(&[], &[], Ok(8080));
-        check(&[], &["3000"], Ok(3000));
-        check(&[b"9000"], &["3000"], Ok(9000));
-        check(&[b"65535"], &[], Ok(65535));
-        assert_eq!(requested(&HeaderMap::new(), None), Ok(Port::DEFAULT));
+    fn the_field_wins_over_the_subprotocol() {
+        check(&[], &[], Ok(None));
+        check(&[], &["3000"], Ok(Some(3000)));
+        check(&[b"9000"], &["3000"], Ok(Some(9000)));
+        check(&[b"65535"], &[], Ok(Some(65535)));
+        assert_eq!(requested(&HeaderMap::new(), None), Ok(None));
     }
 
     #[test]

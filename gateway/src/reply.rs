@@ -35,7 +35,7 @@ pub(crate) enum Reason {
     TooManyTokens,
     /// A good token, for another microVM than the one the host names (or the host names none).
     TokenForeign,
-    /// A shell token where the app was asked for.
+    /// A shell token in a request that is no WebSocket.
     ShellToken,
     /// The port's text is not a port, or there are two.
     PortMalformed,
@@ -53,8 +53,12 @@ pub(crate) enum Reason {
     TooManyWaiting,
     /// The requests that wait for wakes, or those for this microVM, occupy as much memory as they may.
     TooManyHeldBytes,
+    /// As many shells of this microVM are open as may be.
+    TooManyShells,
     /// Nobody listens on the port in the guest.
     PortNotListening,
+    /// The guest agent opens no shell.
+    NoShell,
     /// The guest did not open the port in time.
     GuestTimeout,
     /// The guest took the request and did not begin to answer in time.
@@ -116,7 +120,7 @@ const PORT: &str = "Access to port denied";
 
 impl Reason {
     /// Every reason, in the order of the table; a reason's place in it is its place in the metrics.
-    pub const ALL: [Self; 35] = [
+    pub const ALL: [Self; 37] = [
         Self::TokenMissing,
         Self::TokenUnreadable,
         Self::TokenAmbiguous,
@@ -135,7 +139,9 @@ impl Reason {
         Self::WakeTimeout,
         Self::TooManyWaiting,
         Self::TooManyHeldBytes,
+        Self::TooManyShells,
         Self::PortNotListening,
+        Self::NoShell,
         Self::GuestTimeout,
         Self::GuestSilent,
         Self::GuestBroke,
@@ -175,7 +181,9 @@ impl Reason {
             Self::WakeTimeout => (502, "", "wake-timeout", UNAVAILABLE),
             Self::TooManyWaiting => (503, "", "too-many-waiting", UNAVAILABLE),
             Self::TooManyHeldBytes => (503, "", "too-many-held-bytes", UNAVAILABLE),
+            Self::TooManyShells => (503, "", "too-many-shells", UNAVAILABLE),
             Self::PortNotListening => (502, "", "port-not-listening", UNAVAILABLE),
+            Self::NoShell => (502, "", "no-shell", UNAVAILABLE),
             Self::GuestTimeout => (502, "", "guest-timeout", UNAVAILABLE),
             Self::GuestSilent => (504, "", "guest-silent", UNAVAILABLE),
             Self::GuestBroke => (502, "", "guest-answer-broken", UNAVAILABLE),
@@ -198,7 +206,7 @@ impl Reason {
             body,
             word,
             grpc_status,
-            retry_after: matches!(self, Self::TooManyWaiting | Self::TooManyHeldBytes | Self::TooManyTokens | Self::TooManyConnections),
+            retry_after: matches!(self, Self::TooManyWaiting | Self::TooManyShells | Self::TooManyHeldBytes | Self::TooManyTokens | Self::TooManyConnections),
         }
     }
 

@@ -19,7 +19,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use http::{HeaderMap, Method, StatusCode, Version, header};
 use idle_controller::Awake;
-use model::{Clock as _, SystemClock};
+use model::{Clock as _, Door, MicrovmId, SystemClock};
 use pingora_core::{
     Error, ErrorSource, ErrorType, Result, RetryType,
     modules::http::HttpModules,
@@ -47,6 +47,7 @@ use crate::{
     neighbourhood::Rate,
     reply::{Asker, Reason},
     route::Route,
+    tally::{Share, Tally},
     upstream::{
         connector::{DialFailure, FailureSlot, Peers, TunnelSlot, Woken},
         links::{Link, Speaks, Target},
@@ -79,6 +80,8 @@ pub(crate) struct Service {
     pub held: Arc<Ledger>,
     /// Tokens a second, by address.
     pub tokens: Rate,
+    /// Shells that are open.
+    pub shells: Arc<Tally<MicrovmId>>,
     /// The microVMs.
     pub microvms: Microvms,
     /// Opens tokens.
@@ -124,6 +127,17 @@ impl Service {
         match (self.limits.load().max_body_bytes, framing::stated_length(headers)) {
             (Some(limit), Some(length)) if length > limit => Err(Reason::BodyTooLarge),
             _ => Ok(()),
+        }
+    }
+
+    /// A place among the shells of its microVM, if the request is one.
+    fn shell(&self, permit: &Permit) -> Result<Option<Share<MicrovmId>>, Reason> {
+        match permit.door() {
+            Door::Port(_) => Ok(None),
+            Door::Shell => {
+                let limit = self.limits.load().max_shells_per_microvm;
+                self.shells.take(permit.microvm().id(), 1, limit).map(Some).ok_or(Reason::TooManyShells)
+            }
         }
     }
 
@@ -413,9 +427,15 @@ impl ProxyHttp for Service {
         let request = session.req_header();
         let permit = self
             .permit(session, ctx.handshake.as_ref())
-            .and_then(|permit| self.check_body(&request.headers).map(|()| permit));
+            .and_then(|permit| self.check_body(&request.headers).map(|()| permit))
+            .and_then(|permit| self.shell(&permit).map(|shell| (permit, shell)));
         match permit {
-            Ok(permit) => ctx.permit = Some(permit),
+            Ok((permit, shell)) => {
+                if shell.is_some() {
+                    ctx.speaks = Speaks::Shell;
+                }
+                (ctx.permit, ctx.shell) = (Some(permit), shell);
+            }
             Err(reason) => {
                 self.refuse(session, ctx, reason, Afterwards::KeepIfClean).await?;
                 return Ok(true);
@@ -451,6 +471,8 @@ impl ProxyHttp for Service {
         let (microvm, port) = (permit.microvm().clone(), permit.port());
         let awake = awake.clone();
         let transport = match self.peers.transports().known(microvm.id(), port) {
+            // The agent speaks no TLS.
+            _ if ctx.speaks == Speaks::Shell => Transport::Plain,
             Some(transport) => transport,
             None => {
                 let name = self.name_inside(session.req_header());
@@ -524,7 +546,7 @@ impl ProxyHttp for Service {
         let Some(wanted) = ctx.target else {
             return Err(Self::fail(ctx, Reason::Internal));
         };
-        if wanted.speaks == Speaks::WebSocket {
+        if wanted.speaks.is_tunnel() {
             return Ok(());
         }
         let links = self.peers.links();

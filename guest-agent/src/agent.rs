@@ -7,24 +7,27 @@ use std::{
     time::Duration,
 };
 
-use model::Port;
+use model::Door;
 use protocol::{
     agent::{AppSpec, Reply, Request, Restored},
     guest::{Guest, GuestEnd},
 };
 use rustix::process::{Pid, WaitOptions, WaitStatus};
 use tokio::{
+    io::DuplexStream,
     net::TcpStream,
     signal::unix::{SignalKind, signal},
     sync::Mutex,
-    task::JoinHandle,
+    task::{JoinHandle, JoinSet},
 };
+use tokio_util::either::Either;
 
 use crate::{
     app,
     cgroup::AppCgroup,
     listeners,
     machine::{self, SetupError},
+    shell::{self, World},
 };
 
 /// How long the end of the app waits for the last of its output.
@@ -34,6 +37,7 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 pub(crate) struct Agent {
     end: GuestEnd,
     cgroup: AppCgroup,
+    shells: std::sync::Mutex<JoinSet<()>>,
     /// Whether the root disk is the root, and one start at a time.
     root: Mutex<Root>,
     app: std::sync::Mutex<Running>,
@@ -48,6 +52,8 @@ enum Root {
 #[derive(Default)]
 struct Running {
     pid: Option<Pid>,
+    /// What it was started from.
+    spec: Option<Arc<AppSpec>>,
     /// Ends with the app's output.
     output: Option<JoinHandle<()>>,
     /// Of a process that ended before its number was noted.
@@ -57,7 +63,7 @@ struct Running {
 
 impl Agent {
     pub fn new(end: GuestEnd) -> Result<Self, SetupError> {
-        Ok(Self { end, cgroup: AppCgroup::create()?, root: Mutex::new(Root::Initramfs), app: std::sync::Mutex::default() })
+        Ok(Self { end, cgroup: AppCgroup::create()?, shells: std::sync::Mutex::default(), root: Mutex::new(Root::Initramfs), app: std::sync::Mutex::default() })
     }
 
     async fn start(&self, spec: &AppSpec) -> Result<(), String> {
@@ -74,6 +80,7 @@ impl Agent {
         let output = tokio::spawn(app::forward_output(started.output, self.end.clone()));
         let mut running = self.running();
         running.pid = Some(started.pid);
+        running.spec = Some(Arc::new(spec.clone()));
         running.output = Some(output);
         if let Some((pid, code)) = running.ended.take()
             && pid == started.pid
@@ -81,6 +88,19 @@ impl Agent {
             self.app_ended(&mut running, code);
         }
         Ok(())
+    }
+
+    /// A connection to a new shell beside the app.
+    fn shell(&self) -> io::Result<DuplexStream> {
+        let (app, spec) = {
+            let running = self.running();
+            running.pid.zip(running.spec.clone()).filter(|_| running.ends.is_none()).ok_or(io::ErrorKind::NotFound)?
+        };
+        let (connection, served) = shell::open(World::of(app, &self.cgroup, spec)?);
+        let mut shells = self.shells.lock().expect("nobody panics while holding it");
+        while shells.try_join_next().is_some() {}
+        shells.spawn(served);
+        Ok(connection)
     }
 
     fn running(&self) -> std::sync::MutexGuard<'_, Running> {
@@ -132,19 +152,22 @@ fn exit_code(status: WaitStatus) -> i32 {
 }
 
 impl Guest for Agent {
-    type Conn = TcpStream;
+    type Conn = Either<TcpStream, DuplexStream>;
 
-    async fn connect(&self, port: Port) -> io::Result<TcpStream> {
+    async fn connect(&self, door: Door) -> io::Result<Self::Conn> {
+        let Door::Port(port) = door else { return self.shell().map(Either::Right) };
         let connect = |address: SocketAddr| TcpStream::connect(address);
         let stream = match connect((Ipv4Addr::LOCALHOST, port.get()).into()).await {
             Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => connect((Ipv6Addr::LOCALHOST, port.get()).into()).await?,
             other => other?,
         };
         stream.set_nodelay(true)?;
-        Ok(stream)
+        Ok(Either::Left(stream))
     }
 
-    fn reset(&self, connection: TcpStream) {
+    fn reset(&self, connection: Self::Conn) {
+        // A shell's client is gone one way or the other.
+        let Either::Left(connection) = connection else { return };
         // Without it the app would see an orderly end. It fails only on a socket that is gone, which is as good.
         let _ = connection.set_zero_linger();
     }

@@ -22,8 +22,8 @@ use tokio::{io::AsyncReadExt, net::unix::pipe};
 use crate::{
     cgroup::AppCgroup,
     machine::SetupError,
-    sys::{self, Failure, Launch, Step},
-    users::{self, UserError},
+    sys::{self, Failure, Launch, Role, Step},
+    users::{self, User, UserError},
 };
 
 /// Open files: 1024 for programs that still use `select`, and as Docker has it for those that ask for more.
@@ -49,7 +49,8 @@ pub(crate) enum StartError {
     System { doing: &'static str, source: io::Error },
 }
 
-fn system(doing: &'static str) -> impl Fn(io::Error) -> StartError {
+/// Names what failed.
+pub(crate) fn system(doing: &'static str) -> impl Fn(io::Error) -> StartError {
     move |source| StartError::System { doing, source }
 }
 
@@ -63,29 +64,43 @@ pub(crate) struct App {
 /// Starts the app in the root file system as it is now.
 pub(crate) async fn start(spec: &AppSpec, cgroup: &AppCgroup) -> Result<App, StartError> {
     let program = spec.argv.first().ok_or(StartError::NoProgram)?;
-    let read = |path| fs::read_to_string(path).unwrap_or_default();
-    let user = users::resolve(&spec.user, &read("/etc/passwd"), &read("/etc/group"))?;
-    let workdir = if spec.workdir.is_empty() { "/" } else { &spec.workdir };
-    fs::create_dir_all(workdir).map_err(|error| StartError::Program { what: workdir.to_owned(), why: error.to_string() })?;
-
-    let pipe = || pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).map_err(|errno| system("making a pipe")(errno.into()));
+    let user = user(spec)?;
     let (output, app_output) = pipe()?;
     blocking(&app_output).map_err(system("making a pipe"))?;
     // `/dev/stdout` is opened by path by many images, also by those that do not run as root.
     fchown(&app_output, Some(user.uid.as_raw()), Some(user.gid.as_raw())).map_err(system("handing over a pipe"))?;
+    let stdin = fs::File::open("/dev/null").map_err(system("opening /dev/null"))?.into();
+    let pid = run(spec, program.clone(), Role::App { stdin, output: app_output }, cgroup.open()?).await?;
+    Ok(App { pid, output: pipe::Receiver::from_owned_fd(output).map_err(system("watching a pipe"))? })
+}
+
+fn user(spec: &AppSpec) -> Result<User, UserError> {
+    let read = |path| fs::read_to_string(path).unwrap_or_default();
+    users::resolve(&spec.user, &read("/etc/passwd"), &read("/etc/group"))
+}
+
+fn pipe() -> Result<(OwnedFd, OwnedFd), StartError> {
+    pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).map_err(|errno| system("making a pipe")(errno.into()))
+}
+
+/// Makes a process that is `role` and runs `program`, with what else `spec` says, and waits until it does.
+pub(crate) async fn run(spec: &AppSpec, program: String, role: Role, cgroup: OwnedFd) -> Result<Pid, StartError> {
+    let user = user(spec)?;
+    let workdir = if spec.workdir.is_empty() { "/" } else { &spec.workdir };
+    fs::create_dir_all(workdir).map_err(|error| StartError::Program { what: workdir.to_owned(), why: error.to_string() })?;
+
     let (failed, failure) = pipe()?;
     let launch = Launch {
-        candidates: candidates(program, workdir, path(spec)).into_iter().map(c_string).collect::<Result<_, _>>()?,
+        role,
+        candidates: candidates(&program, workdir, path(spec)).into_iter().map(c_string).collect::<Result<_, _>>()?,
         argv: spec.argv.iter().map(|argument| c_string(argument.as_str())).collect::<Result<_, _>>()?,
         env: spec.env.iter().map(|(key, value)| c_string(format!("{key}={value}"))).collect::<Result<_, _>>()?,
         workdir: c_string(workdir)?,
         uid: user.uid,
         gid: user.gid,
         groups: user.groups,
-        stdin: fs::File::open("/dev/null").map_err(system("opening /dev/null"))?.into(),
-        output: app_output,
         failure,
-        cgroup: cgroup.open()?,
+        cgroup,
         nofile: NOFILE,
     };
     let pid = sys::launch(&launch).map_err(system("making a process"))?;
@@ -96,10 +111,10 @@ pub(crate) async fn start(spec: &AppSpec, cgroup: &AppCgroup) -> Result<App, Sta
     let mut failure = Vec::new();
     failed.read_to_end(&mut failure).await.map_err(system("waiting for the program"))?;
     if failure.is_empty() {
-        return Ok(App { pid, output: pipe::Receiver::from_owned_fd(output).map_err(system("watching a pipe"))? });
+        return Ok(pid);
     }
     let failure = Failure::parse(&failure).ok_or_else(|| system("waiting for the program")(ErrorKind::InvalidData.into()))?;
-    Err(explain(failure, program, workdir, path(spec)))
+    Err(explain(failure, &program, workdir, path(spec)))
 }
 
 /// Output is read without waiting here and written with waiting there.

@@ -6,6 +6,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use rustix::process::Pid;
+
 use crate::machine::{Doing, SetupError};
 
 /// Where cgroup2 is mounted.
@@ -28,6 +30,16 @@ impl AppCgroup {
     /// For a process to be born in it.
     pub fn open(&self) -> Result<OwnedFd, SetupError> {
         fs::File::open(APP).map(OwnedFd::from).doing(|| format!("opening the cgroup {APP}"))
+    }
+
+    /// The one that a process of the app is in now: this one or one below, which is frozen with it. An app may keep its own
+    /// processes below, and then none may be born in this one.
+    pub fn open_of(&self, pid: Pid) -> Result<OwnedFd, SetupError> {
+        let doing = || format!("finding the cgroup of process {pid}");
+        let list = fs::read_to_string(format!("/proc/{pid}/cgroup")).doing(doing)?;
+        let path = list.lines().find_map(|line| line.strip_prefix("0::")).filter(|path| path.starts_with("/app"));
+        let path = path.ok_or_else(|| io::Error::from(io::ErrorKind::NotFound)).doing(doing)?;
+        fs::File::open(format!("{ROOT}{path}")).map(OwnedFd::from).doing(doing)
     }
 
     /// Returns when no process in it runs. Thaws again if that is not reached.

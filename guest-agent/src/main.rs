@@ -1,6 +1,6 @@
 //! PID 1 in the guest: the `/init` of the initramfs, and the guest's end of the channel for the rest of the guest's life.
 //!
-//! Owns: mounts, kernel modules, the app's process, its cgroup and namespaces, the guest's clock and entropy. Never
+//! Owns: mounts, kernel modules, the app's process, its cgroup and namespaces, shells beside it, the guest's clock and entropy. Never
 //! trusts the app (it lives in namespaces and a cgroup of its own and cannot signal the agent), never speaks to the
 //! network beyond loopback, and knows nothing of snapshots but that it is told when it wakes up in one.
 //!
@@ -13,7 +13,9 @@ mod host;
 mod listeners;
 mod machine;
 mod port;
+mod shell;
 mod sys;
+mod terminal;
 mod users;
 mod vsock;
 

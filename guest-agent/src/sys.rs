@@ -4,7 +4,7 @@ use std::{
     convert::Infallible,
     ffi::{CStr, CString},
     io,
-    os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
     ptr,
 };
 
@@ -12,6 +12,7 @@ use rustix::{
     mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount},
     net::{AddressFamily, SocketFlags, SocketType},
     process::{Gid, Pid, Resource, Rlimit, Uid},
+    thread::{LinkNameSpaceType, ThreadNameSpaceType, move_into_link_name_space, move_into_thread_name_spaces},
 };
 use tokio::io::{Interest, unix::AsyncFd};
 
@@ -111,8 +112,25 @@ fn check(result: libc::c_int) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Everything the app's process needs, made before it is born: between birth and exec it must not allocate.
+/// What a process becomes.
+pub(crate) enum Role {
+    /// The app: PID 1 of a PID namespace, with mounts and a view of the cgroups of its own.
+    App {
+        stdin: OwnedFd,
+        /// Becomes stdout and stderr.
+        output: OwnedFd,
+    },
+    /// The leader of a session on a terminal, in the app's namespaces.
+    Shell {
+        /// A pidfd of the app.
+        app: OwnedFd,
+        terminal: OwnedFd,
+    },
+}
+
+/// Everything the process needs, made before it is born: between birth and exec it must not allocate.
 pub(crate) struct Launch {
+    pub role: Role,
     /// Programs to try, in order.
     pub candidates: Vec<CString>,
     pub argv: Vec<CString>,
@@ -122,9 +140,6 @@ pub(crate) struct Launch {
     pub uid: Uid,
     pub gid: Gid,
     pub groups: Vec<Gid>,
-    pub stdin: OwnedFd,
-    /// Becomes stdout and stderr.
-    pub output: OwnedFd,
     /// Closed by the exec; gets a [`Failure`] if there is none.
     pub failure: OwnedFd,
     pub cgroup: OwnedFd,
@@ -164,12 +179,27 @@ impl Failure {
     }
 }
 
-/// Starts the app: PID 1 of a PID namespace, with mounts and a view of the cgroups of its own, born in its cgroup.
+/// Starts a process, born in its cgroup and in its PID namespace.
 pub(crate) fn launch(launch: &Launch) -> io::Result<Pid> {
+    let flags = match &launch.role {
+        Role::App { .. } => libc::CLONE_NEWPID | libc::CLONE_NEWNS,
+        Role::Shell { app, .. } => {
+            // From here on children of this thread are born in the app's PID namespace; it stays where it is itself.
+            let own = std::fs::File::open("/proc/self/ns/pid")?;
+            move_into_thread_name_spaces(app.as_fd(), ThreadNameSpaceType::PROCESS_ID)?;
+            let pid = clone(launch, 0);
+            move_into_link_name_space(own.as_fd(), Some(LinkNameSpaceType::ProcessID))?;
+            return pid;
+        }
+    };
+    clone(launch, flags)
+}
+
+fn clone(launch: &Launch, namespaces: libc::c_int) -> io::Result<Pid> {
     let argv = pointers(&launch.argv);
     let env = pointers(&launch.env);
     let args = CloneArgs {
-        flags: (libc::CLONE_NEWPID | libc::CLONE_NEWNS) as u64 | CLONE_INTO_CGROUP,
+        flags: namespaces as u64 | CLONE_INTO_CGROUP,
         exit_signal: libc::SIGCHLD as u64,
         cgroup: launch.cgroup.as_raw_fd() as u64,
         ..CloneArgs::default()
@@ -180,7 +210,7 @@ pub(crate) fn launch(launch: &Launch) -> io::Result<Pid> {
     let pid = unsafe { libc::syscall(libc::SYS_clone3, &args, size_of::<CloneArgs>()) };
     match pid {
         0 => {
-            let Err(failure) = become_app(launch, &argv, &env);
+            let Err(failure) = become_program(launch, &argv, &env);
             let _ = rustix::io::write(&launch.failure, &failure.bytes());
             // SAFETY: ends this process without running anything of the parent's.
             unsafe { libc::_exit(127) }
@@ -213,9 +243,13 @@ fn pointers(strings: &[CString]) -> Vec<*const libc::c_char> {
 }
 
 /// Runs in the new process: system calls only, no allocation.
-fn become_app(launch: &Launch, argv: &[*const libc::c_char], env: &[*const libc::c_char]) -> Result<Infallible, Failure> {
+fn become_program(launch: &Launch, argv: &[*const libc::c_char], env: &[*const libc::c_char]) -> Result<Infallible, Failure> {
     let at = |step| move |error: rustix::io::Errno| Failure { step, errno: error.raw_os_error() };
-    namespaces().map_err(at(Step::Namespaces))?;
+    match &launch.role {
+        Role::App { .. } => namespaces(),
+        Role::Shell { app, .. } => move_into_thread_name_spaces(app.as_fd(), ThreadNameSpaceType::MOUNT | ThreadNameSpaceType::CONTROL_GROUP),
+    }
+    .map_err(at(Step::Namespaces))?;
     limits(launch).map_err(at(Step::Limits))?;
     // Before the user is changed, as in Docker: the directory may be closed to the user.
     rustix::process::chdir(launch.workdir.as_c_str()).map_err(at(Step::Workdir))?;
@@ -244,7 +278,14 @@ fn limits(launch: &Launch) -> rustix::io::Result<()> {
     let score = rustix::fs::open(c"/proc/self/oom_score_adj", rustix::fs::OFlags::WRONLY | rustix::fs::OFlags::CLOEXEC, rustix::fs::Mode::empty())?;
     rustix::io::write(&score, b"0")?;
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
-    for (from, to) in [(&launch.stdin, 0), (&launch.output, 1), (&launch.output, 2)] {
+    let standard = match &launch.role {
+        Role::App { stdin, output } => [stdin, output, output],
+        Role::Shell { terminal, .. } => {
+            rustix::process::ioctl_tiocsctty(terminal)?;
+            [terminal, terminal, terminal]
+        }
+    };
+    for (from, to) in standard.into_iter().zip(0..) {
         // SAFETY: both are numbers of this process's own descriptors; 0, 1 and 2 are the console, which the app does not get.
         if unsafe { libc::dup2(from.as_raw_fd(), to) } < 0 {
             return Err(last_errno());

@@ -314,6 +314,11 @@ impl Awake {
         self.live.vm.dial(port).await
     }
 
+    /// A stream to a new shell of the guest agent's.
+    pub async fn dial_shell(&self) -> Result<GuestStream, DialError> {
+        self.live.vm.dial_shell().await
+    }
+
     /// Whether bytes for the guest would have to wait for a wake (and would cause one).
     pub fn is_asleep(&self) -> bool {
         self.hold.is_shut_out()

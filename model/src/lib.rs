@@ -1,6 +1,6 @@
 //! The nouns every piece of Dormouse shares.
 //!
-//! Owns: ids, public states, ports and port scopes, the idle policy, lifecycle hooks, the clock trait, how an error is put into words. Never does I/O, never reads the
+//! Owns: ids, public states, ports, doors and port scopes, the idle policy, lifecycle hooks, the clock trait, how an error is put into words. Never does I/O, never reads the
 //! time by itself, knows nothing of engines, sockets or HTTP.
 #![forbid(unsafe_code)]
 
@@ -18,6 +18,6 @@ pub use clock::{Clock, SystemClock};
 pub use hooks::{Hook, Hooks, RunPayload};
 pub use ids::{EndpointId, Generation, ImageName, ImageVersion, MicrovmId, ParseIdError};
 pub use policy::{IdlePolicy, MAX_DURATION};
-pub use port::{Port, PortRange, PortScope};
+pub use port::{Door, Port, PortRange, PortScope};
 pub use size::{MemorySize, Shape};
 pub use state::MicrovmState;

@@ -1,4 +1,4 @@
-//! Guest ports and the scope of ports that a token opens.
+//! Guest ports, the doors of a guest, and the scope of ports that a token opens.
 
 use std::{fmt, num::NonZeroU16, str::FromStr};
 
@@ -44,6 +44,21 @@ impl FromStr for Port {
             return Err(wrong);
         }
         text.parse::<u16>().ok().and_then(Self::new).ok_or(wrong)
+    }
+}
+
+/// What in a guest a stream leads to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Door {
+    /// What the app listens on.
+    Port(Port),
+    /// A shell of the guest agent's, which speaks WebSocket (aws-behaviour §2.1).
+    Shell,
+}
+
+impl From<Port> for Door {
+    fn from(port: Port) -> Self {
+        Self::Port(port)
     }
 }
 

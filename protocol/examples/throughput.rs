@@ -2,7 +2,7 @@
 
 use std::{io, sync::Arc, time::Instant};
 
-use model::Port;
+use model::{Door, Port};
 use protocol::{
     agent::{Reply, Request, Restored},
     guest::{Guest, GuestEnd},
@@ -18,9 +18,9 @@ impl Guest for App {
     type Conn = DuplexStream;
 
     /// Port 1 swallows, port 2 floods.
-    async fn connect(&self, port: Port) -> io::Result<DuplexStream> {
+    async fn connect(&self, door: Door) -> io::Result<DuplexStream> {
         let (near, far) = duplex(256 * 1024);
-        tokio::spawn(async move { if port.get() == 1 { drain(far).await } else { flood(far).await } });
+        tokio::spawn(async move { if Some(door) == Port::new(1).map(Door::Port) { drain(far).await } else { flood(far).await } });
         Ok(near)
     }
     fn reset(&self, _connection: DuplexStream) {}

@@ -47,7 +47,7 @@ pub enum Kind {
     Ack = 2,
     /// A request, a reply, an event. A message.
     Control = 3,
-    /// Host: connect this new stream to the port (u16) in the payload.
+    /// Host: connect this new stream to the port (u16) in the payload, or to a shell: 0, which is no port.
     Open = 4,
     /// Guest: connected.
     Opened = 5,

@@ -12,7 +12,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use model::Port;
+use model::Door;
 use parking_lot::Mutex;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -35,8 +35,8 @@ pub trait Guest: Send + Sync + 'static {
     /// A connection to something in the guest. It must not keep written bytes back until a flush.
     type Conn: AsyncRead + AsyncWrite + Send + Unpin + 'static;
 
-    /// Connects to a port of this guest.
-    fn connect(&self, port: Port) -> impl Future<Output = io::Result<Self::Conn>> + Send;
+    /// Connects to a door of this guest.
+    fn connect(&self, door: Door) -> impl Future<Output = io::Result<Self::Conn>> + Send;
 
     /// Ends a connection so that the app sees a reset, not an orderly end.
     fn reset(&self, connection: Self::Conn);
@@ -121,8 +121,8 @@ impl GuestEnd {
         let mut opens = Vec::new();
         loop {
             let outcome = self.receive_streams(&mut reader, &mut synced, &mut opens);
-            for (stream, port) in opens.drain(..) {
-                self.connect(&guest, stream, port);
+            for (stream, door) in opens.drain(..) {
+                self.connect(&guest, stream, door);
             }
             let outcome = match outcome {
                 Ok(Some(frame)) => self.receive_message(frame, &mut synced, &mut messages, &guest).await,
@@ -142,7 +142,7 @@ impl GuestEnd {
         &self,
         reader: &mut FrameReader<R>,
         synced: &mut bool,
-        opens: &mut Vec<(Key, Port)>,
+        opens: &mut Vec<(Key, Door)>,
     ) -> Result<Option<Frame>, Violation> {
         let mut core = self.mux.lock();
         while let Some(decoded) = reader.ready() {
@@ -150,8 +150,8 @@ impl GuestEnd {
                 Decoded::Marker | Decoded::Lost => *synced = false,
                 Decoded::Frame(frame) if matches!(frame.kind, Kind::Syn | Kind::Control) => return Ok(Some(frame)),
                 Decoded::Frame(frame) if *synced && frame.kind != Kind::Pad => {
-                    if let Received::Open { stream, port } = core.receive(frame)? {
-                        opens.push((stream, port));
+                    if let Received::Open { stream, door } = core.receive(frame)? {
+                        opens.push((stream, door));
                     }
                 }
                 Decoded::Frame(_) => {}
@@ -252,12 +252,12 @@ impl GuestEnd {
         Err(number)
     }
 
-    fn connect<G: Guest>(&self, guest: &Arc<G>, stream: Key, port: Port) {
+    fn connect<G: Guest>(&self, guest: &Arc<G>, stream: Key, door: Door) {
         let guest = guest.clone();
         let stream = MuxStream::new(self.mux.clone(), stream);
         self.spawn(async move {
             // Dropping the stream before it is accepted refuses it.
-            let Ok(mut connection) = guest.connect(port).await else { return };
+            let Ok(mut connection) = guest.connect(door).await else { return };
             if !stream.accept() || splice(stream, &mut connection).await.is_err() {
                 guest.reset(connection);
             }

@@ -18,7 +18,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use model::Port;
+use model::{Door, Port};
 use parking_lot::Mutex;
 use tokio::{
     io::{AsyncRead, AsyncWrite, AsyncWriteExt},
@@ -76,6 +76,9 @@ pub enum LinkError {
     /// Nobody listens on the port in the guest.
     #[error("nobody listens on port {0} in the guest")]
     Refused(Port),
+    /// The agent opens no shell: it has none to open, or too many are open.
+    #[error("the guest agent does not open a shell")]
+    NoShell,
 }
 
 impl From<Violation> for LinkError {
@@ -350,20 +353,24 @@ impl AgentLink {
         self.until(|state| state.events.pop_front()).await
     }
 
-    /// Opens a stream to a guest port.
-    pub async fn open(self: &Arc<Self>, port: Port, limit: Duration) -> Result<MuxStream, LinkError> {
+    /// Opens a stream to a door of the guest.
+    pub async fn open(self: &Arc<Self>, door: impl Into<Door>, limit: Duration) -> Result<MuxStream, LinkError> {
+        let door = door.into();
         let stream = {
             let state = self.state.lock();
             if state.phase != Phase::Attached {
                 return Err(LinkError::Closed);
             }
-            let id = self.mux.lock().open(port);
+            let id = self.mux.lock().open(door);
             let id = id.ok_or_else(|| LinkError::Agent("too many streams to this guest are open".to_owned()))?;
             MuxStream::new(self.mux.clone(), id)
         };
         match tokio::time::timeout(limit, stream.answered()).await {
             Ok(Answer::Opened) => Ok(stream),
-            Ok(Answer::Refused) => Err(LinkError::Refused(port)),
+            Ok(Answer::Refused) => Err(match door {
+                Door::Port(port) => LinkError::Refused(port),
+                Door::Shell => LinkError::NoShell,
+            }),
             Ok(Answer::Gone) => Err(LinkError::Closed),
             Err(_elapsed) => Err(LinkError::Timeout(limit)),
         }

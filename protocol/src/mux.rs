@@ -16,7 +16,7 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
-use model::Port;
+use model::{Door, Port};
 use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::Notify;
 
@@ -80,7 +80,7 @@ pub(crate) struct Key {
 pub(crate) enum Received {
     Nothing,
     /// Guest: connect this stream.
-    Open { stream: Key, port: Port },
+    Open { stream: Key, door: Door },
 }
 
 pub(crate) struct Core {
@@ -304,7 +304,7 @@ impl Core {
     }
 
     /// Host: a new stream; `None` if there are [`MAX_STREAMS`] already.
-    pub fn open(&mut self, port: Port) -> Option<Key> {
+    pub fn open(&mut self, door: Door) -> Option<Key> {
         if self.streams.len() >= MAX_STREAMS {
             return None;
         }
@@ -315,7 +315,7 @@ impl Core {
                 break key;
             }
         };
-        self.streams.insert(key, Stream::opening(port));
+        self.streams.insert(key, Stream::opening(door));
         self.settle(key);
         Some(key)
     }
@@ -391,7 +391,8 @@ impl Core {
         if self.side == Side::Host {
             return Err(Violation::Unexpected(Kind::Open));
         }
-        let port = payload.try_into().ok().and_then(|bytes| Port::new(u16::from_le_bytes(bytes))).ok_or(malformed)?;
+        let number = payload.try_into().map(u16::from_le_bytes).map_err(|_| malformed)?;
+        let door = Port::new(number).map_or(Door::Shell, Door::Port);
         let key = self.key(id);
         if id == 0 || self.streams.contains_key(&key) {
             return Err(Violation::OpenedTwice(id));
@@ -401,7 +402,7 @@ impl Core {
         let refusing = matches!(stream.stage, Stage::Refusing);
         self.streams.insert(key, stream);
         self.settle(key);
-        Ok(if refusing { Received::Nothing } else { Received::Open { stream: key, port } })
+        Ok(if refusing { Received::Nothing } else { Received::Open { stream: key, door } })
     }
 }
 

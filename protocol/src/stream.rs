@@ -9,7 +9,7 @@ use std::{
 };
 
 use bytes::{Buf, Bytes, BytesMut};
-use model::Port;
+use model::Door;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::{
@@ -28,7 +28,7 @@ const GATHER_BELOW: usize = 8 * 1024;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Stage {
     /// Host: OPEN is to be sent.
-    Unsent(Port),
+    Unsent(Door),
     /// Host: OPEN is sent, no answer yet.
     Asked,
     /// Host: answered with REFUSED. The other side has forgotten it.
@@ -136,8 +136,8 @@ impl Stream {
         }
     }
 
-    pub fn opening(port: Port) -> Self {
-        Self::new(Stage::Unsent(port), true)
+    pub fn opening(door: Door) -> Self {
+        Self::new(Stage::Unsent(door), true)
     }
 
     pub fn connecting() -> Self {
@@ -182,8 +182,12 @@ impl Stream {
     /// Writes one turn's frames; answers how many bytes of data were taken.
     pub fn emit(&mut self, id: u32, out: &mut BytesMut) -> usize {
         match self.stage {
-            Stage::Unsent(port) => {
-                put_frame(out, Kind::Open, id, &port.get().to_le_bytes());
+            Stage::Unsent(door) => {
+                let number = match door {
+                    Door::Port(port) => port.get(),
+                    Door::Shell => 0,
+                };
+                put_frame(out, Kind::Open, id, &number.to_le_bytes());
                 self.stage = Stage::Asked;
                 return 0;
             }
@@ -319,7 +323,7 @@ impl Stream {
     }
 }
 
-/// One multiplexed stream: bytes to a guest port and back, with half-close. Parked while the link is quiesced or
+/// One multiplexed stream: bytes to a door of the guest and back, with half-close. Parked while the link is quiesced or
 /// detached; reset (an error on read and write) when the guest forgot it.
 ///
 /// A dropped handle resets the stream, except for what [`AsyncWrite::poll_shutdown`] has already promised to deliver.

@@ -12,7 +12,7 @@
 use std::{collections::BTreeMap, path::PathBuf, pin::Pin, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
-use model::{Generation, MicrovmId, Port, Shape};
+use model::{Door, Generation, MicrovmId, Port, Shape};
 pub use protocol::agent::AppSpec;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -196,6 +196,9 @@ pub enum DialError {
         /// The port.
         port: Port,
     },
+    /// The guest agent opens no shell.
+    #[error("the guest opens no shell")]
+    NoShell,
     /// The microVM is not awake, or went to sleep meanwhile. Nothing was sent; trying again after a wake is safe.
     #[error("the microVM is not awake")]
     Asleep,
@@ -203,10 +206,10 @@ pub enum DialError {
     #[error("the microVM has ended")]
     Gone,
     /// The guest did not answer in time.
-    #[error("the guest did not open port {port} within {limit:?}")]
+    #[error("the guest did not open {door:?} within {limit:?}")]
     Timeout {
-        /// The port.
-        port: Port,
+        /// What it should have opened.
+        door: Door,
         /// How long it had.
         limit: Duration,
     },
@@ -281,6 +284,10 @@ pub trait Engine: Send + Sync + 'static {
 pub trait Vm: Send + Sync + 'static {
     /// Opens a stream to `127.0.0.1:port` (then `[::1]:port`) in the guest.
     async fn dial(&self, port: Port) -> Result<GuestStream, DialError>;
+
+    /// Opens a stream to a new shell of the guest agent's, which speaks the server's side of WebSocket on it
+    /// (aws-behaviour §2.1). The shell ends with the stream.
+    async fn dial_shell(&self) -> Result<GuestStream, DialError>;
 
     /// Returns when the app listens on one of the exposed ports (any, if none is exposed), with that port; or with an
     /// error when the app ends or `limit` passes.

@@ -331,6 +331,9 @@ impl Engine for LoopbackEngine {
 }
 
 /// How long a loopback microVM takes to answer a dial that is never answered.
+/// What [`Vm::dial_shell`] of a loopback microVM leads to, if a test has put something there.
+pub const SHELL: Port = Port::new(u16::MAX).expect("it is not 0");
+
 const DIAL_LIMIT: Duration = Duration::from_secs(5);
 
 /// What a booted guest of an image build keeps for its capture.

@@ -2,7 +2,8 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use model::{MicrovmState, Port, PortRange, PortScope};
+use idle_controller::MicrovmHandle;
+use model::{MicrovmId, MicrovmState, Port, PortRange, PortScope};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use token::{Claims, MAX_PORT_RANGES};
@@ -39,30 +40,51 @@ struct Range {
 
 pub(super) fn call(api: &Api, input: Value) -> Result<Answer, ApiError> {
     let input: Input = read(input)?;
-    let longest = token::MAX_LIFETIME.as_secs() / 60;
-    if input.expiration_in_minutes > longest {
-        return Err(ApiError::validation(format!("ExpirationMinutes {} exceeded max allowed of {longest}.", input.expiration_in_minutes)));
-    }
+    let lifetime = lifetime(input.expiration_in_minutes)?;
     let ports = scope(&input.allowed_ports)?;
-    let handle = find_microvm(api, &input.microvm_identifier)?;
-    if handle.view().state == MicrovmState::Terminated {
-        return Err(ApiError::validation(format!("The MicroVM {} has been terminated and has no endpoint any more.", handle.id())));
-    }
+    let handle = alive(api, &input.microvm_identifier)?;
     let remembered = Remembered::of(&handle.view());
     let ingress = &remembered.ingress_network_connectors;
     // A microVM of before this was recorded has HTTP.
     if !ingress.is_empty() && !remembered.has_ingress("HTTP_INGRESS") && !remembered.has_ingress("ALL_INGRESS") {
         return Err(ApiError::validation("HTTP access requires HTTP_INGRESS network connector to be configured on the MicroVM."));
     }
-    let issued_at = whole_seconds(api.parts.clock.wall());
-    let claims = Claims {
-        microvm: handle.id(),
-        ports,
-        shell: false,
-        issued_at,
-        expires_at: issued_at + Duration::from_secs(input.expiration_in_minutes * 60),
+    Ok(minted(api, handle.id(), Opens::Ports(ports), lifetime))
+}
+
+/// How long a token lives that is asked for with so many minutes.
+pub(super) fn lifetime(minutes: u64) -> Result<Duration, ApiError> {
+    let longest = token::MAX_LIFETIME.as_secs() / 60;
+    if minutes > longest {
+        return Err(ApiError::validation(format!("ExpirationMinutes {minutes} exceeded max allowed of {longest}.")));
+    }
+    Ok(Duration::from_secs(minutes * 60))
+}
+
+/// The microVM of a token, which has an endpoint.
+pub(super) fn alive(api: &Api, identifier: &str) -> Result<MicrovmHandle, ApiError> {
+    let handle = find_microvm(api, identifier)?;
+    if handle.view().state == MicrovmState::Terminated {
+        return Err(ApiError::validation(format!("The MicroVM {} has been terminated and has no endpoint any more.", handle.id())));
+    }
+    Ok(handle)
+}
+
+/// What a token is for.
+pub(super) enum Opens {
+    Ports(PortScope),
+    Shell,
+}
+
+/// The answer with a token.
+pub(super) fn minted(api: &Api, microvm: MicrovmId, opens: Opens, lifetime: Duration) -> Answer {
+    let (ports, shell) = match opens {
+        Opens::Ports(ports) => (ports, false),
+        Opens::Shell => (PortScope::Ranges(Vec::new()), true),
     };
-    Ok(Answer::ok(json!({"authToken": {HEADER: api.parts.tokens.mint(&claims)}})))
+    let issued_at = whole_seconds(api.parts.clock.wall());
+    let claims = Claims { microvm, ports, shell, issued_at, expires_at: issued_at + lifetime };
+    Answer::ok(json!({"authToken": {HEADER: api.parts.tokens.mint(&claims)}}))
 }
 
 fn whole_seconds(time: SystemTime) -> SystemTime {

@@ -157,6 +157,21 @@ async fn a_client_token_makes_one_microvm_of_many_calls() {
 }
 
 #[tokio::test]
+async fn a_shell_token_is_one_header_and_opens_no_port() {
+    let bench = Bench::with_image("hello").await;
+    let ingress = json!([connector("HTTP_INGRESS"), connector("SHELL_INGRESS")]);
+    let microvm = id(&bench.post(MICROVMS, json!({"imageIdentifier": "hello", "ingressNetworkConnectors": ingress})).await.body);
+    let got = bench.post(&format!("{MICROVMS}/{microvm}/shell-auth-token"), json!({"expirationInMinutes": 5})).await;
+    assert_eq!(got.status, 200, "{got:?}");
+    let parts = got.body["authToken"].as_object().unwrap();
+    assert_eq!((got.body.as_object().unwrap().len(), parts.len()), (1, 1));
+    let claims = bench.tokens.open(parts["X-aws-proxy-auth"].as_str().unwrap(), SystemTime::now()).unwrap();
+    assert_eq!((claims.microvm.to_string(), claims.shell), (microvm, true));
+    assert_eq!(claims.expires_at.duration_since(claims.issued_at).unwrap(), Duration::from_secs(300));
+    assert!((1..=u16::MAX).all(|port| !claims.ports.allows(Port::new(port).unwrap())));
+}
+
+#[tokio::test]
 async fn tokens_open_what_they_were_asked_for() {
     let bench = Bench::with_image("hello").await;
     // While PENDING as well: the launch is held.

@@ -160,7 +160,21 @@ async fn token_requests_are_refused_in_the_words_of_aws() {
     }
     let shell = bench.post(&format!("{MICROVMS}/{microvm}/shell-auth-token"), json!({"expirationInMinutes": 5})).await;
     assert_eq!((shell.status.as_u16(), shell.kind()), (400, "ValidationException"));
-    assert!(shell.message().contains("does not offer CreateMicrovmShellAuthToken"));
+    assert_eq!(shell.message(), "Shell access requires SHELL_INGRESS network connector to be configured on the MicroVM.");
+    for (minutes, told) in [(json!(61), "ExpirationMinutes 61 exceeded max allowed of 60."), (json!(0), "greater than or equal to 1"), (Value::Null, "expirationInMinutes")] {
+        let got = bench.post(&format!("{MICROVMS}/{microvm}/shell-auth-token"), json!({"expirationInMinutes": minutes})).await;
+        assert_eq!((got.status.as_u16(), got.kind()), (400, "ValidationException"), "{minutes}");
+        assert!(got.message().contains(told), "{minutes}: {}", got.message());
+    }
+    let connectors = json!([connector("ALL_INGRESS"), connector("SHELL_INGRESS")]);
+    let both = bench.post(MICROVMS, json!({"imageIdentifier": "hello", "ingressNetworkConnectors": connectors})).await.body;
+    let both = bench.post(&format!("{MICROVMS}/{}/shell-auth-token", both["microvmId"].as_str().unwrap()), json!({"expirationInMinutes": 5})).await;
+    assert_eq!(
+        (both.status.as_u16(), both.message()),
+        (400, "ALL_INGRESS cannot be combined with other ingress network connectors; use HTTP_INGRESS and/or SHELL_INGRESS instead")
+    );
+    let nobody = bench.post(&format!("{MICROVMS}/{}/shell-auth-token", model::MicrovmId::random()), json!({"expirationInMinutes": 5})).await;
+    assert_eq!((nobody.status.as_u16(), nobody.kind()), (404, "ResourceNotFoundException"));
 }
 
 #[tokio::test]

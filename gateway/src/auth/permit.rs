@@ -5,15 +5,15 @@ use std::time::SystemTime;
 
 use http::HeaderMap;
 use idle_controller::{Controller, MicrovmHandle};
-use model::Port;
+use model::{Door, Port};
 use token::{Claims, KeyRing, Refusal};
 
 use crate::{auth::extract, ports, reply::Reason, route::Route, websocket::Handshake};
 
-/// Proof that a request passed every check: its token is ours, in time, for this microVM and for this port.
+/// Proof that a request passed every check: its token is ours, in time, for this microVM and for this door of it.
 pub(crate) struct Permit {
     microvm: MicrovmHandle,
-    port: Port,
+    door: Door,
 }
 
 impl Permit {
@@ -22,9 +22,17 @@ impl Permit {
         &self.microvm
     }
 
-    /// The guest port that may be talked to.
+    /// What of the guest may be talked to.
+    pub fn door(&self) -> Door {
+        self.door
+    }
+
+    /// The guest port, or the one that stands for the shell.
     pub fn port(&self) -> Port {
-        self.port
+        match self.door {
+            Door::Port(port) => port,
+            Door::Shell => ports::SHELL,
+        }
     }
 
     /// Checks a request. Touches nothing: neither a wake nor the idle clock. `may_open` is asked once, before a token is
@@ -47,17 +55,23 @@ impl Permit {
         // An unknown host and a token of another microVM are the same answer from here on.
         let microvm = route.endpoint().and_then(|endpoint| controller.route(endpoint));
         let microvm = microvm.filter(|microvm| microvm.id() == claims.microvm).ok_or(Reason::TokenForeign)?;
-        let port = ports::requested(headers, offer)?;
-        check_scope(&claims, port)?;
-        Ok(Self { microvm, port })
+        let door = door(&claims, ports::requested(headers, offer)?, handshake)?;
+        Ok(Self { microvm, door })
     }
 }
 
-fn check_scope(claims: &Claims, port: Port) -> Result<(), Reason> {
+/// What the token opens of what was asked for. A shell token opens the shell, to a WebSocket only, and an ordinary one never does
+/// (aws-behaviour §2.1).
+fn door(claims: &Claims, asked: Option<Port>, handshake: Option<&Handshake>) -> Result<Door, Reason> {
     if claims.shell {
-        return Err(Reason::ShellToken);
+        return match (handshake, asked) {
+            (None, _) => Err(Reason::ShellToken),
+            (Some(_), None | Some(ports::SHELL)) => Ok(Door::Shell),
+            (Some(_), Some(_)) => Err(Reason::PortDenied),
+        };
     }
-    if claims.ports.allows(port) { Ok(()) } else { Err(Reason::PortDenied) }
+    let port = asked.unwrap_or(Port::DEFAULT);
+    if claims.ports.allows(port) { Ok(Door::Port(port)) } else { Err(Reason::PortDenied) }
 }
 
 fn reason(refusal: Refusal) -> Reason {

@@ -111,10 +111,10 @@ impl Peers {
                 options.h2_connection_window_size = Some(CONNECTION_WINDOW);
             }
             // Not kept even if the app refuses the upgrade: pingora could not reuse it and says so as an error.
-            Speaks::WebSocket => options.idle_timeout = Some(Duration::ZERO),
+            Speaks::WebSocket | Speaks::Shell => options.idle_timeout = Some(Duration::ZERO),
         }
         peer.group_key = match target.speaks {
-            Speaks::WebSocket => uuid::Uuid::new_v4().as_u64_pair().0,
+            Speaks::WebSocket | Speaks::Shell => uuid::Uuid::new_v4().as_u64_pair().0,
             Speaks::Http1 | Speaks::Http2 => self.keys.hash_one(target),
         };
         peer.options.custom_l4 = Some(Arc::new(Connector {
@@ -158,6 +158,9 @@ struct Connector {
 impl Connector {
     async fn dial(&self) -> Result<GuestStream, DialFailure> {
         let Target { microvm, port, speaks, .. } = self.target;
+        if speaks == Speaks::Shell {
+            return transport::dial_shell(&self.awake, self.deadline).await;
+        }
         let guest = transport::dial(&self.awake, port, self.deadline).await?;
         let Some(name) = &self.name else { return Ok(guest) };
         let failure = match tokio::time::timeout(self.deadline, self.transports.wrap(guest, speaks, name)).await {
@@ -211,7 +214,7 @@ impl L4Connect for Connector {
                 return Err(Error::explain(ErrorType::ConnectError, format!("dialling {:?}: {failure:?}", self.target)));
             }
         };
-        if self.target.speaks == Speaks::WebSocket {
+        if self.target.speaks.is_tunnel() {
             let socket = GuestSocket::new(stream, self.awake.clone(), self.links.drain(), self.links.count_open());
             let _ = self.tunnel.set(socket.end());
             return Ok(VirtualSocketStream::new(Box::new(socket)).into());

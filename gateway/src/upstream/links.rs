@@ -43,6 +43,15 @@ pub(crate) enum Speaks {
     Http2,
     /// HTTP/1.1 that may become a WebSocket; never reused.
     WebSocket,
+    /// The same with the guest agent, which has a shell behind it.
+    Shell,
+}
+
+impl Speaks {
+    /// Whether a connection of it is one request's alone, and a tunnel after its 101.
+    pub fn is_tunnel(self) -> bool {
+        matches!(self, Self::WebSocket | Self::Shell)
+    }
 }
 
 /// What a connection leads to. Two connections may stand in for one another only if all of it is equal.

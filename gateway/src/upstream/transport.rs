@@ -109,7 +109,7 @@ impl Transports {
     /// TLS with an app, for one protocol.
     pub async fn wrap(&self, guest: GuestStream, speaks: Speaks, name: &ServerName<'static>) -> io::Result<GuestStream> {
         let config = match speaks {
-            Speaks::Http1 | Speaks::WebSocket => &self.http1,
+            Speaks::Http1 | Speaks::WebSocket | Speaks::Shell => &self.http1,
             Speaks::Http2 => &self.http2,
         };
         Ok(Box::pin(TlsConnector::from(config.clone()).connect(name.clone(), guest).await?))
@@ -139,10 +139,20 @@ impl Transports {
 
 /// A stream to a guest port, with a deadline.
 pub(crate) async fn dial(awake: &Awake, port: Port, deadline: Duration) -> Result<GuestStream, DialFailure> {
-    match tokio::time::timeout(deadline, awake.dial(port)).await {
+    dialled(awake.dial(port), deadline).await
+}
+
+/// A stream to a new shell, with a deadline.
+pub(crate) async fn dial_shell(awake: &Awake, deadline: Duration) -> Result<GuestStream, DialFailure> {
+    dialled(awake.dial_shell(), deadline).await
+}
+
+async fn dialled(dial: impl Future<Output = Result<GuestStream, DialError>>, deadline: Duration) -> Result<GuestStream, DialFailure> {
+    match tokio::time::timeout(deadline, dial).await {
         Ok(Ok(stream)) => Ok(stream),
         Ok(Err(DialError::Asleep)) => Err(DialFailure::Asleep),
         Ok(Err(DialError::Refused { .. })) => Err(DialFailure::Final(Reason::PortNotListening)),
+        Ok(Err(DialError::NoShell)) => Err(DialFailure::Final(Reason::NoShell)),
         Ok(Err(DialError::Gone)) => Err(DialFailure::Final(Reason::Terminated)),
         Ok(Err(DialError::Timeout { .. })) | Err(_) => Err(DialFailure::Final(Reason::GuestTimeout)),
     }

@@ -97,6 +97,9 @@ impl Vm for EagerVm {
         first.truncate(length);
         Ok(Box::pin(Prefetched { first: Cursor::new(first), rest }))
     }
+    async fn dial_shell(&self) -> Result<GuestStream, DialError> {
+        self.0.dial_shell().await
+    }
     async fn ready(&self, limit: Duration) -> Result<Port, EngineError> {
         self.0.ready(limit).await
     }

@@ -140,7 +140,10 @@ async fn case_30_the_subprotocol_table() {
         (vec![base(), auth(&narrow)], vec![], 403, "port-denied"),
         (vec![base(), auth(&good), port(8080), port(8080)], vec![], 400, "port-malformed"),
         (vec![base(), auth(&good), own("lambda-microvms.port.08080")], vec![], 400, "port-malformed"),
-        (vec![base(), auth(&shell)], vec![], 502, "shell-token"),
+        (vec![base(), auth(&shell)], vec![], 502, "no-shell"),
+        (vec![base(), auth(&shell), port(8022)], vec![], 502, "no-shell"),
+        (vec![base(), auth(&shell), port(8080)], vec![], 403, "port-denied"),
+        (vec![auth(&shell)], vec![], 403, "subprotocol-base-missing"),
         (vec![base(), auth(&good), port(7)], vec![], 502, "port-not-listening"),
         // The app picks one that was not offered.
         (vec![base(), auth(&good), port(9000), own("other")], vec![], 502, "subprotocol-not-offered"),

@@ -156,6 +156,10 @@ impl Vm for Direct {
         Ok(Box::pin(stream))
     }
 
+    async fn dial_shell(&self) -> Result<GuestStream, DialError> {
+        Err(DialError::NoShell)
+    }
+
     async fn ready(&self, _limit: Duration) -> Result<Port, EngineError> {
         Ok(Port::DEFAULT)
     }

@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use model::{Generation, Port};
+use model::{Door, Generation, Port};
 use parking_lot::Mutex;
 use protocol::{
     agent::{Reply, Request, Restored},
@@ -45,14 +45,22 @@ pub struct TestGuest {
     pub freeze_hangs: AtomicBool,
     pub freeze_fails: AtomicBool,
     pub resets: AtomicU64,
+    pub has_shell: AtomicBool,
     accepted: mpsc::UnboundedSender<DuplexStream>,
 }
 
 impl Guest for TestGuest {
     type Conn = DuplexStream;
 
-    async fn connect(&self, port: Port) -> io::Result<DuplexStream> {
+    async fn connect(&self, door: Door) -> io::Result<DuplexStream> {
         let (near, mut far) = duplex(10_000);
+        let Door::Port(port) = door else {
+            let has_shell = self.has_shell.load(Ordering::SeqCst);
+            if has_shell {
+                self.accepted.send(far).expect("the test holds the receiver");
+            }
+            return if has_shell { Ok(near) } else { Err(io::ErrorKind::NotFound.into()) };
+        };
         match port.get() {
             CLOSED => return Err(io::ErrorKind::ConnectionRefused.into()),
             SILENT => std::future::pending().await,
@@ -122,6 +130,7 @@ impl Machine {
             freeze_hangs: AtomicBool::new(false),
             freeze_fails: AtomicBool::new(false),
             resets: AtomicU64::new(0),
+            has_shell: AtomicBool::new(false),
             accepted: sender,
         });
         Self { end: GuestEnd::new(), guest, accepted, run: None, buffer }

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
+use model::Door;
 use protocol::{agent::Request, link::LinkError};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -96,6 +97,20 @@ async fn a_closed_port_refuses() {
     let refused = soon("the refusal", link.open(port(CLOSED), LIMIT)).await;
     assert!(matches!(refused, Err(LinkError::Refused(which)) if which == port(CLOSED)), "{refused:?}");
     assert_eq!(link.streams(), 0);
+}
+
+#[tokio::test]
+async fn a_shell_is_no_port_and_may_be_refused() {
+    let (link, mut machine) = booted(4096).await;
+    let refused = soon("the refusal", link.open(Door::Shell, LIMIT)).await;
+    assert!(matches!(refused, Err(LinkError::NoShell)), "{refused:?}");
+    machine.guest.has_shell.store(true, Ordering::SeqCst);
+    let mut stream = soon("the shell", link.open(Door::Shell, LIMIT)).await.unwrap();
+    let mut shell = machine.accept().await;
+    shell.write_all(b"prompt").await.unwrap();
+    let mut read = [0; 6];
+    soon("the prompt", stream.read_exact(&mut read)).await.unwrap();
+    assert_eq!(&read, b"prompt");
 }
 
 #[tokio::test(start_paused = true)]

@@ -11,7 +11,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use model::{Generation, MicrovmId, Port, Shape};
+use model::{Door, Generation, MicrovmId, Port, Shape};
 use parking_lot::Mutex;
 use protocol::{
     agent::{Event, Reply, Request},
@@ -246,17 +246,31 @@ impl<B: Backend> ProcessVm<B> {
         }
     }
 
-    fn not_open(&self, port: Port, limit: Duration, error: &LinkError) -> DialError {
+    async fn open(&self, door: Door) -> Result<GuestStream, DialError> {
+        match &*self.core.life.borrow() {
+            Life::Running => {}
+            Life::Suspended => return Err(DialError::Asleep),
+            Life::Killed | Life::Exited(_) => return Err(DialError::Gone),
+        }
+        let limit = self.core.limits().dial;
+        match self.core.link.open(door, limit).await {
+            Ok(stream) => Ok(Box::pin(stream)),
+            Err(error) => Err(self.not_open(door, limit, &error)),
+        }
+    }
+
+    fn not_open(&self, door: Door, limit: Duration, error: &LinkError) -> DialError {
         match (&*self.core.life.borrow(), error) {
             (Life::Killed | Life::Exited(_), _) => DialError::Gone,
             (Life::Suspended, _) => DialError::Asleep,
-            (Life::Running, LinkError::Refused(_)) => DialError::Refused { port },
-            (Life::Running, LinkError::Timeout(_)) => DialError::Timeout { port, limit },
+            (Life::Running, LinkError::Refused(port)) => DialError::Refused { port: *port },
+            (Life::Running, LinkError::NoShell) => DialError::NoShell,
+            (Life::Running, LinkError::Timeout(_)) => DialError::Timeout { door, limit },
             // Freezing has begun, or the process is dying; the controller finds out which when it asks again.
             (Life::Running, LinkError::Closed) => DialError::Asleep,
             (Life::Running, LinkError::Protocol(_) | LinkError::Agent(_)) => {
                 tracing::warn!(dir = %self.core.dir.display(), %error, "a stream to a guest could not be opened");
-                DialError::Timeout { port, limit }
+                DialError::Timeout { door, limit }
             }
         }
     }
@@ -274,16 +288,11 @@ impl<B: Backend> Drop for ProcessVm<B> {
 #[async_trait]
 impl<B: Backend> Vm for ProcessVm<B> {
     async fn dial(&self, port: Port) -> Result<GuestStream, DialError> {
-        match &*self.core.life.borrow() {
-            Life::Running => {}
-            Life::Suspended => return Err(DialError::Asleep),
-            Life::Killed | Life::Exited(_) => return Err(DialError::Gone),
-        }
-        let limit = self.core.limits().dial;
-        match self.core.link.open(port, limit).await {
-            Ok(stream) => Ok(Box::pin(stream)),
-            Err(error) => Err(self.not_open(port, limit, &error)),
-        }
+        self.open(Door::Port(port)).await
+    }
+
+    async fn dial_shell(&self) -> Result<GuestStream, DialError> {
+        self.open(Door::Shell).await
     }
 
     async fn ready(&self, limit: Duration) -> Result<Port, EngineError> {

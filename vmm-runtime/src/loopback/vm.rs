@@ -12,12 +12,12 @@ use std::{
 };
 
 use async_trait::async_trait;
-use model::{Generation, MicrovmId, Port, Shape};
+use model::{Door, Generation, MicrovmId, Port, Shape};
 use tokio::{net::TcpStream, sync::watch};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Booted, DIAL_LIMIT, World, commit,
+    Booted, DIAL_LIMIT, SHELL, World, commit,
     streams::{Flow, Streams},
 };
 use crate::engine::{DialError, EngineError, Exit, GuestStream, SnapshotRecord, SuspendOutcome, Usage, Vm};
@@ -198,7 +198,15 @@ impl Vm for LoopbackVm {
                 Ok(Box::pin(self.streams.connect(stream)))
             }
             Ok(Err(_)) => Err(DialError::Refused { port }),
-            Err(_) => Err(DialError::Timeout { port, limit: begun.elapsed() }),
+            Err(_) => Err(DialError::Timeout { door: Door::Port(port), limit: begun.elapsed() }),
+        }
+    }
+
+    /// Whatever a test has put at [`SHELL`].
+    async fn dial_shell(&self) -> Result<GuestStream, DialError> {
+        match self.dial(SHELL).await {
+            Err(DialError::Refused { .. }) => Err(DialError::NoShell),
+            other => other,
         }
     }
 
