@@ -42,7 +42,7 @@ fn programs() -> [Vec<u8>; 2] {
 }
 
 /// What the outer guest printed; `None` if it cannot be run here, which is said.
-fn outer(arguments: &str) -> Option<String> {
+fn outer(arguments: &str, vcpus: u8) -> Option<String> {
     let kernel_dir = PathBuf::from(std::env::var_os("HOME").unwrap()).join(".cache/dormouse/kernel");
     let of_kernel = |wanted: &[&str]| guest_kit::kernel_and_modules(&kernel_dir, wanted);
     let ((kernel, outer_modules), (_, inner_modules)) = match (of_kernel(&OUTER_MODULES), of_kernel(&INNER_MODULES)) {
@@ -58,7 +58,6 @@ fn outer(arguments: &str) -> Option<String> {
         let _ = std::io::Write::write_fmt(&mut std::io::stderr(), format_args!("SKIPPED: no qemu-system-x86_64 (make setup)\n"));
         return None;
     }
-    let vcpus = std::env::var("NESTED_VCPUS").unwrap_or_else(|_| "1".to_owned());
     let [init, vmm] = programs();
     let inner = initramfs(&init, &inner_modules).finish();
     let mut outer = initramfs(&init, &outer_modules);
@@ -89,7 +88,17 @@ fn outer(arguments: &str) -> Option<String> {
 
 #[test]
 fn a_stock_kernel_boots_sleeps_and_wakes_on_a_nested_kvm() {
-    let Some(output) = outer("") else { return };
+    boots_sleeps_and_wakes(1, "INNER CPUS 0");
+}
+
+#[test]
+fn a_stock_kernel_boots_sleeps_and_wakes_with_all_its_processors() {
+    boots_sleeps_and_wakes(3, "INNER CPUS 0-2");
+}
+
+fn boots_sleeps_and_wakes(vcpus: u8, online: &str) {
+    let Some(output) = outer("", vcpus) else { return };
+    assert!(output.lines().any(|line| line.trim_end().ends_with(online)), "{online:?} is missing");
     for wanted in ["INNER UP", "OUTER BOOT", "OUTER RESTORED 0", "OUTER RESTORED 1", "OUTER RESUMED", "STOPPED the guest reset itself", "STOPPED the guest turned itself off", "OUTER DONE"] {
         assert!(output.contains(wanted), "{wanted:?} is missing");
     }
@@ -105,7 +114,7 @@ fn a_stock_kernel_boots_sleeps_and_wakes_on_a_nested_kvm() {
 
 #[test]
 fn a_stock_kernel_boots_sleeps_and_wakes_in_jailed_processes_under_their_filters() {
-    let Some(output) = outer("process") else { return };
+    let Some(output) = outer("process", 1) else { return };
     for wanted in [
         "KVM {\"kvm\":\"hardware\"}",
         "OUTER BOOT",
