@@ -17,7 +17,7 @@ pub use problem::{ConfigError, Problem};
 use reader::Reader;
 
 /// Everything a node is told.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Config {
     /// `[node]`
     pub node: Node,
@@ -37,6 +37,8 @@ pub struct Config {
     pub build: Build,
     /// `[log]`
     pub log: Log,
+    /// `[prices]`
+    pub prices: Prices,
 }
 
 /// Where the node keeps its things and what it calls itself.
@@ -222,6 +224,23 @@ pub struct Log {
     pub microvm_bytes: u64,
 }
 
+/// US dollars for what microVMs use.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Prices {
+    /// A vCPU for a second.
+    pub vcpu_second: f64,
+    /// A GB of memory for a second.
+    pub gb_second: f64,
+    /// A GB of snapshots that launches and resumes read.
+    pub snapshot_read_gb: f64,
+    /// A GB of snapshots that suspends write.
+    pub snapshot_written_gb: f64,
+    /// A GB of a suspended microVM's snapshot for an hour.
+    pub storage_gb_hour: f64,
+    /// A GB that guests send.
+    pub transfer_gb: f64,
+}
+
 impl Config {
     /// The defaults.
     pub fn defaults() -> Self {
@@ -333,6 +352,14 @@ impl Config {
                 json: s.switch("json", false, "JSON lines instead of text."),
                 access: s.optional_path("access", "The access log: one JSON line per request. The file is opened again once it has been renamed or removed (log rotation). Default: standard error."),
                 microvm_bytes: s.count("microvm_bytes", 8 << 20, 64 << 10..=1 << 40, "Bytes kept of what one microVM's app says: the newest; between half of it and all of it. Eight MiB is 80,000 lines, and 8 GiB for 1,000 microVMs that all fill it. A guest that says more loses its oldest lines and is not held up. Takes effect for a microVM at its next launch or wake.") as u64,
+            }),
+            prices: r.section("prices", |s| Prices {
+                vcpu_second: s.price("vcpu_second", "0.0000276944", "US dollars for a vCPU for a second, at the baseline and above it. These are AWS's in us-east-1 (arm); `dormouse usage` shows what microVMs would have cost there."),
+                gb_second: s.price("gb_second", "0.0000036667", "For a GB (2^30 bytes) of memory for a second."),
+                snapshot_read_gb: s.price("snapshot_read_gb", "0.0015467699", "For a GB of snapshots that launches and resumes read."),
+                snapshot_written_gb: s.price("snapshot_written_gb", "0.0037977138", "For a GB of snapshots that suspends write."),
+                storage_gb_hour: s.price("storage_gb_hour", "0.0001111111", "For a GB of suspended microVMs' snapshots for an hour."),
+                transfer_gb: s.price("transfer_gb", "0.0", "For a GB that guests send to clients or into their network. AWS bills it as any other transfer out of a region, by volume and destination, which no one number says."),
             }),
         }
     }

@@ -105,6 +105,15 @@ impl Section<'_> {
         Some(self.count(key, default, range, about)).filter(|count| *count > 0)
     }
 
+    /// US dollars: zero or more, and less than what anybody means.
+    pub(crate) fn price(&mut self, key: &'static str, default: &'static str, about: &str) -> f64 {
+        let fits = |price: &f64| (0.0..=1e6).contains(price);
+        self.take(key, about, default, default.parse().expect("a default is a number"), |value| {
+            let number = value.as_float().or_else(|| value.as_integer().map(|whole| whole as f64));
+            number.filter(fits).ok_or("a number from 0 to 1000000")
+        })
+    }
+
     pub(crate) fn seconds(&mut self, key: &'static str, default: usize, range: RangeInclusive<usize>, about: &str) -> Duration {
         Duration::from_secs(self.count(key, default, range, about) as u64)
     }

@@ -34,6 +34,15 @@ fn what_may_be_unlimited_is_so_at_zero() {
 }
 
 #[test]
+fn prices_are_numbers() {
+    let prices = Config::parse("[prices]\nvcpu_second = 1\ngb_second = 2.5e-3\n").unwrap().prices;
+    assert_eq!((prices.vcpu_second, prices.gb_second, prices.storage_gb_hour), (1.0, 0.0025, 0.000_111_111_1));
+    let found = problems("[prices]\nvcpu_second = -1\ngb_second = nan\nsnapshot_read_gb = \"free\"\nstorage_gb_hour = inf\n");
+    assert_eq!(found.len(), 4, "{found:?}");
+    assert!(found.iter().all(|problem| problem.ends_with("must be a number from 0 to 1000000")), "{found:?}");
+}
+
+#[test]
 fn every_problem_is_reported_with_its_key() {
     let found = problems("[edge]\nlistne = \"127.0.0.1:1\"\nhold_secs = 0\ndomain_suffix = \"Not a name\"\n[lifecycel]\nx = 1\n[api]\nlisten = 9000\n[node]\naccount = \"12\"\n");
     let expected = [

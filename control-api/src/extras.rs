@@ -6,6 +6,7 @@
 mod follow;
 pub(crate) mod log_names;
 mod logs;
+mod usage;
 
 use std::sync::Arc;
 
@@ -65,7 +66,8 @@ impl Ask {
         let mut values = [None; N];
         for (name, value) in &self.query {
             let Some(index) = known.iter().position(|known| known == name) else {
-                return Err(ApiError::validation(format!("There is no parameter {name:?} here; there are: {}.", known.join(", "))));
+                let there_are = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+                return Err(ApiError::validation(format!("There is no parameter {name:?} here; there are: {there_are}.")));
             };
             if values[index].replace(value.as_str()).is_some() {
                 return Err(ApiError::validation(format!("The parameter {name:?} was given twice.")));
@@ -79,6 +81,7 @@ impl Ask {
 pub(crate) fn name(path: &str) -> &'static str {
     match path.rsplit('/').next() {
         Some("logs") => "DormouseLogs",
+        Some("usage") => "DormouseUsage",
         _ => "Unknown",
     }
 }
@@ -97,6 +100,8 @@ pub(crate) async fn answer(front: &Front, request: Request<Body>) -> Result<Resp
     match segments[..] {
         ["microvms", id, "logs"] => logs::of_microvm(front, id, &ask, closing),
         ["images", name, "logs"] => logs::of_build(front, name, &ask, closing),
+        ["microvms", id, "usage"] => usage::of_microvm(front, id, &ask),
+        ["usage"] => usage::of_all(front, &ask),
         _ => Err(routes::unknown()),
     }
 }

@@ -28,7 +28,7 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use idle_controller::Controller;
 use image_builder::Catalog;
-use model::Clock;
+use model::{Clock, Prices};
 use prometheus::{IntCounterVec, Opts};
 use token::KeyRing;
 use tokio::sync::Semaphore;
@@ -51,6 +51,8 @@ pub struct ApiConfig {
     pub endpoint_authority_suffix: String,
     /// Whether `file://` artifacts of this host are taken.
     pub allow_file_artifacts: bool,
+    /// What usage is shown to cost.
+    pub prices: Prices,
     /// The least maxIdleDurationSeconds; AWS: 60 s.
     pub least_idle: Duration,
     /// API requests worked on at a time; more wait their turn within `request_timeout`.

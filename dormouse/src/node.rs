@@ -13,7 +13,7 @@ use control_api::{AccessKeys, ApiConfig, Pieces};
 use gateway::{AccessLogTarget, Gateway, GatewayConfig, Limits, Microvms, Tls};
 use idle_controller::{Controller, ControllerConfig};
 use image_builder::{BuilderConfig, Catalog};
-use model::SystemClock;
+use model::{Prices, SystemClock};
 use token::KeyRing;
 use tokio::{
     signal::unix::{Signal, SignalKind},
@@ -119,7 +119,7 @@ pub fn base(config: Config) -> Result<()> {
     })
 }
 
-fn credentials_file(data_dir: &Path) -> PathBuf {
+pub(crate) fn credentials_file(data_dir: &Path) -> PathBuf {
     data_dir.join("credentials")
 }
 
@@ -228,6 +228,14 @@ async fn run(place: Place<'_>, predecessor: Option<Predecessor>, held: &mut Opti
                 port => format!("{}:{port}", config.edge.domain_suffix),
             },
             allow_file_artifacts: config.api.allow_file_artifacts,
+            prices: Prices {
+                vcpu_second: config.prices.vcpu_second,
+                gb_second: config.prices.gb_second,
+                snapshot_read_gb: config.prices.snapshot_read_gb,
+                snapshot_written_gb: config.prices.snapshot_written_gb,
+                storage_gb_hour: config.prices.storage_gb_hour,
+                transfer_gb: config.prices.transfer_gb,
+            },
             least_idle: config.lifecycle.least_idle,
             max_concurrent_requests: ApiConfig::DEFAULT_MAX_CONCURRENT_REQUESTS,
             request_timeout: ApiConfig::DEFAULT_REQUEST_TIMEOUT,

@@ -16,7 +16,8 @@ use std::{
 use arc_swap::ArcSwapOption;
 use dashmap::DashMap;
 use futures::StreamExt;
-use model::{Clock, EndpointId, Generation, IdlePolicy, ImageName, ImageVersion, MAX_DURATION, MicrovmId, chain};
+use model::{Clock, EndpointId, Generation, IdlePolicy, ImageName, ImageVersion, MAX_DURATION, MemorySize, MicrovmId, Usage, chain};
+use parking_lot::Mutex;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use vmm_runtime::engine::Engine;
@@ -24,8 +25,9 @@ use vmm_runtime::engine::Engine;
 use crate::{
     activity::Activity,
     driver::{Beginning, Driver, Mailboxes, first_view},
-    handle::{MicrovmHandle, MicrovmView, Seat},
+    handle::{Live, MicrovmHandle, MicrovmView, Seat},
     machine::{Effect, Machine, Phase, Policy},
+    metering::{self, Meter, Sums},
     metrics::Metrics,
     operations::{LOG_DIR, blocking_io},
     reconcile,
@@ -71,6 +73,8 @@ pub struct RunSpec {
     pub identity: BTreeMap<String, String>,
     /// Opaque to the controller: what the API wants to remember of the request, as JSON.
     pub request: serde_json::Value,
+    /// Its size, for what its use is measured by.
+    pub size: MemorySize,
     /// Whether what its app says is kept.
     pub keep_output: bool,
 }
@@ -106,6 +110,9 @@ pub(crate) struct Node {
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) store: Store,
     pub(crate) metrics: Metrics,
+    pub(crate) sums: Arc<Sums>,
+    /// What the microVMs of each image have used that are forgotten.
+    forgotten: Mutex<BTreeMap<ImageName, Usage>>,
     /// Launches and wakes at a time. Fair: first come, first served.
     pub(crate) start_slots: Semaphore,
     /// Fired once: drivers begin nothing new and end.
@@ -138,9 +145,18 @@ impl Node {
         });
     }
 
-    pub(crate) fn forget(&self, id: MicrovmId, endpoint: EndpointId) {
+    pub(crate) fn forget(&self, id: MicrovmId, endpoint: EndpointId, image: &ImageName) {
         self.endpoints.remove(&endpoint);
-        self.microvms.remove(&id);
+        // Both or none: a sum over all must not miss it.
+        let mut forgotten = self.forgotten.lock();
+        if let Some((_, handle)) = self.microvms.remove(&id) {
+            *forgotten.entry(image.clone()).or_default() += handle.usage();
+        }
+    }
+
+    /// Every meter, with what it can be fed from.
+    pub(crate) fn meters(&self) -> Vec<(MicrovmId, Arc<Meter>, Option<Arc<Live>>)> {
+        self.microvms.iter().map(|entry| entry.value().metered()).collect()
     }
 
     /// A place for a new microVM, if there is one.
@@ -167,6 +183,7 @@ impl Node {
             id: beginning.record.id,
             endpoint: beginning.record.endpoint,
             activity: Activity::new(Arc::clone(&self.clock)),
+            meter: Arc::clone(&beginning.meter),
             live: ArcSwapOption::empty(),
             view,
             asks: asks_in,
@@ -230,7 +247,9 @@ impl Controller {
         clock: Arc<dyn Clock>,
         metrics: &prometheus::Registry,
     ) -> Result<Self, ControllerError> {
-        let metrics = Metrics::register(metrics).map_err(|error| failed("registering the controller's metrics", error))?;
+        let registering = |error| failed("registering the controller's metrics", error);
+        let sums = Arc::new(Sums::register(metrics).map_err(registering)?);
+        let metrics = Metrics::register(metrics).map_err(registering)?;
         let microvms = config.dir.join("microvms");
         let made = microvms.clone();
         let data_dir = config.dir.clone();
@@ -240,7 +259,7 @@ impl Controller {
             std::fs::File::open(data_dir)?.sync_all()
         };
         blocking_io(make).await.map_err(|error| failed(format!("making {}", microvms.display()), error))?;
-        let Opened { store, records, fresh } = Store::open(config.dir.join("registry.redb")).await?;
+        let Opened { store, records, usage, by_image, fresh } = Store::open(config.dir.join("registry.redb")).await?;
 
         let node = Arc::new(Node {
             start_slots: Semaphore::new(config.max_concurrent_starts.clamp(1, Semaphore::MAX_PERMITS)),
@@ -249,6 +268,8 @@ impl Controller {
             clock,
             store,
             metrics,
+            sums,
+            forgotten: Mutex::new(by_image),
             closing: CancellationToken::new(),
             abandoned: CancellationToken::new(),
             tasks: TaskTracker::new(),
@@ -269,7 +290,10 @@ impl Controller {
             tracing::error!(error = chain(&error), "processes of an earlier run may be left over");
         }
         let recovered: Vec<Beginning> = futures::stream::iter(records)
-            .map(|record| reconcile::recover(&node, record))
+            .map(|record| {
+                let saved = usage.get(&record.id).copied();
+                reconcile::recover(&node, record, saved)
+            })
             .buffer_unordered(RECONCILE_AT_ONCE)
             .collect()
             .await;
@@ -292,6 +316,8 @@ impl Controller {
         for image_dir in asleep {
             node.warm(image_dir);
         }
+        let (watched, abandoned) = (Arc::clone(&node), node.abandoned.clone());
+        node.tasks.spawn(async move { abandoned.run_until_cancelled(metering::watch(watched)).await });
         Ok(controller)
     }
 
@@ -319,6 +345,18 @@ impl Controller {
         self.inner.node.microvm_dir(id).join(LOG_DIR)
     }
 
+    /// What the microVMs of each image have used, those that are forgotten included.
+    pub fn usage_by_image(&self) -> BTreeMap<ImageName, Usage> {
+        let node = &self.inner.node;
+        // Held meanwhile, so that nothing is forgotten between the two looks.
+        let forgotten = node.forgotten.lock();
+        let mut sums = forgotten.clone();
+        for entry in node.microvms.iter() {
+            *sums.entry(entry.value().view().image).or_default() += entry.value().usage();
+        }
+        sums
+    }
+
     /// All, newest first.
     pub fn list(&self) -> Vec<MicrovmView> {
         let mut views: Vec<MicrovmView> = self.inner.node.microvms.iter().map(|entry| entry.value().view()).collect();
@@ -343,7 +381,8 @@ async fn settle(node: &Node, mut beginning: Beginning) -> Result<Beginning, Cont
     let record = Driver::record_of(node, &beginning.record, &beginning.machine);
     if record.state != beginning.record.state {
         let doing = || format!("recording what became of {}", record.id);
-        node.store.put(&record).await.map_err(|error| failed(doing(), error))?;
+        let usage = beginning.meter.save(node.clock.now(), node.clock.wall());
+        node.store.put(&record, &usage).await.map_err(|error| failed(doing(), error))?;
         beginning.record = record;
     }
     Ok(beginning)
@@ -364,6 +403,7 @@ async fn take(node: &Arc<Node>, spec: RunSpec, ticket: Ticket) -> Result<Microvm
         identity: spec.identity,
         request: spec.request,
         keep_output: spec.keep_output,
+        size: spec.size,
         started_at: wall,
         generation: Generation::default(),
         state: SavedState::Pending,
@@ -371,11 +411,12 @@ async fn take(node: &Arc<Node>, spec: RunSpec, ticket: Ticket) -> Result<Microvm
         lived: Duration::ZERO,
         asleep: Duration::ZERO,
     };
-    node.store.put(&record).await.map_err(|error| failed("recording a new microVM", error))?;
+    let meter = Arc::new(Meter::new(record.size, Arc::clone(&node.sums), now));
+    node.store.put(&record, &meter.save(now, wall)).await.map_err(|error| failed("recording a new microVM", error))?;
     tracing::info!(microvm.id = %record.id, endpoint.id = %record.endpoint, image = %record.image, version = %record.version, "took a new microVM");
     let machine = Machine::launching(policy);
     let view = first_view(&record, &machine);
-    node.drive(Beginning { machine, record, vm: None, effects: vec![Effect::Launch], ticket: Some(ticket) });
+    node.drive(Beginning { machine, record, vm: None, effects: vec![Effect::Launch], ticket: Some(ticket), meter });
     Ok(view)
 }
 
@@ -409,6 +450,7 @@ mod tests {
             max_duration: MAX_DURATION,
             identity: BTreeMap::new(),
             request: serde_json::Value::Null,
+            size: MemorySize::DEFAULT,
             keep_output: true,
         };
         let handle = controller.find(controller.run(spec).await.unwrap().id).unwrap();

@@ -28,6 +28,7 @@ use crate::{
     controller::{Node, Ticket},
     handle::{Ask, CLOSING, Denial, Grant, Kill, Live, MicrovmView, Seat},
     machine::{Effect, EndReason, Event, Machine, Phase, Refusal},
+    metering::Meter,
     metrics::{Counted, StartOutcome, SuspendEnd},
     operations::{self, Kind, Operation, Outcome, Remains},
     registry::Record,
@@ -104,6 +105,7 @@ enum Happening {
 /// Where a driver starts.
 pub(crate) struct Beginning {
     pub(crate) machine: Machine,
+    pub(crate) meter: Arc<Meter>,
     pub(crate) record: Record,
     pub(crate) vm: Option<Arc<dyn Vm>>,
     pub(crate) effects: Vec<Effect>,
@@ -112,7 +114,7 @@ pub(crate) struct Beginning {
 
 impl Driver {
     pub(crate) fn new(node: Arc<Node>, seat: Arc<Seat>, mail: Mailboxes, beginning: Beginning) -> (Self, Vec<Effect>) {
-        let Beginning { machine, record, vm, effects, ticket } = beginning;
+        let Beginning { machine, meter: _, record, vm, effects, ticket } = beginning;
         let counted = node.metrics.in_state(machine.phase().public());
         let mut driver = Self {
             node,
@@ -314,7 +316,9 @@ impl Driver {
                 }
                 Effect::Suspend => {
                     let vm = self.vm.clone().expect("the machine suspends only what runs, and what runs has a VM");
-                    self.begin(Kind::Suspend, |cancel| operations::suspend(vm, cancel).boxed());
+                    let (meter, generation) = (Arc::clone(&self.seat.meter), self.machine.generation());
+                    let sample = move |counted| meter.sample(generation, counted, node.clock.now());
+                    self.begin(Kind::Suspend, |cancel| operations::suspend(vm, sample, cancel).boxed());
                 }
                 Effect::TakeBack => {
                     if let Some(operation) = &self.operation {
@@ -351,6 +355,7 @@ impl Driver {
             _ => Remains::Logs,
         };
         (self.exit, self.parked) = (None, None);
+        self.seat.meter.ended(self.node.clock.now());
         let vms = self.vm.take().into_iter().chain(self.predecessor.take()).collect();
         self.seat.live.store(None);
         let (node, record) = (Arc::clone(&self.node), self.record.clone());
@@ -409,7 +414,7 @@ impl Driver {
         let now = self.node.clock.now();
         if self.unsaved_until.is_some_and(|at| at <= now) {
             self.record = Self::record_of(&self.node, &self.record, &self.machine);
-            match self.node.store.put(&self.record).await {
+            match self.node.store.put(&self.record, &self.metered()).await {
                 Ok(()) => self.unsaved_until = None,
                 Err(error) => self.save_later(&error),
             }
@@ -439,11 +444,11 @@ impl Driver {
         if let Err(error) = operations::remove_dir(&dir).await {
             tracing::warn!(microvm.id = %self.seat.id, dir = %dir.display(), error = chain(&error), "what was left of a microVM could not be removed");
         }
-        if let Err(error) = self.node.store.delete(self.seat.id).await {
+        if let Err(error) = self.node.store.delete(self.seat.id, &self.record.image).await {
             // It is found again, and forgotten again, at the next start.
             self.note_save_failure(&error);
         }
-        self.node.forget(self.seat.id, self.seat.endpoint);
+        self.node.forget(self.seat.id, self.seat.endpoint, &self.record.image);
     }
 
     /// The node ends. Who waits in the mailbox is sent away; who waits for an operation still gets its outcome.

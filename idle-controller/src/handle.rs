@@ -10,13 +10,14 @@ use std::{
 };
 
 use arc_swap::ArcSwapOption;
-use model::{Clock, EndpointId, Generation, IdlePolicy, ImageName, ImageVersion, MicrovmId, MicrovmState, Port};
+use model::{Clock, EndpointId, Generation, IdlePolicy, ImageName, ImageVersion, MicrovmId, MicrovmState, Port, Usage};
 use prometheus::IntGauge;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use vmm_runtime::engine::{DialError, GuestStream, Phases, Vm};
 
 use crate::{
     activity::{Activity, Hold},
+    metering::Meter,
     metrics::Counted,
 };
 
@@ -131,6 +132,8 @@ pub(crate) struct Seat {
     pub(crate) id: MicrovmId,
     pub(crate) endpoint: EndpointId,
     pub(crate) activity: Arc<Activity>,
+    /// What it uses.
+    pub(crate) meter: Arc<Meter>,
     /// Set by the driver before it opens the gate.
     pub(crate) live: ArcSwapOption<Live>,
     pub(crate) view: watch::Receiver<MicrovmView>,
@@ -164,6 +167,15 @@ impl MicrovmHandle {
         self.seat.id
     }
 
+    /// What it has used until now.
+    pub fn usage(&self) -> Usage {
+        self.seat.meter.usage(self.seat.clock.now())
+    }
+
+    pub(crate) fn metered(&self) -> (MicrovmId, Arc<Meter>, Option<Arc<Live>>) {
+        (self.seat.id, Arc::clone(&self.seat.meter), self.seat.live.load_full())
+    }
+
     pub(crate) fn endpoint(&self) -> EndpointId {
         self.seat.endpoint
     }
@@ -185,7 +197,7 @@ impl MicrovmHandle {
         if let Some(hold) = seat.activity.enter()
             && let Some(live) = seat.live.load_full()
         {
-            return Ok(Awake { hold, live, woke: None });
+            return Ok(Awake { hold, live, meter: Arc::clone(&seat.meter), woke: None });
         }
 
         // Freed when this future ends or is dropped: a client that leaves frees its place at once.
@@ -203,7 +215,7 @@ impl MicrovmHandle {
         let answer = answer.and_then(|answer| answer.unwrap_or_else(|_| Err(self.nobody_drives().into())));
         let grant = answer.map_err(|Denial { refused, phases }| Unwoken { refused, report: WakeReport { waited, phases } })?;
         let woke = grant.phases.map(|phases| WakeReport { waited, phases: Phases::clone(&phases) });
-        Ok(Awake { hold: grant.hold, live: grant.live, woke })
+        Ok(Awake { hold: grant.hold, live: grant.live, meter: Arc::clone(&seat.meter), woke })
     }
 
     /// Asked for by the API. `Ok` when it is accepted; the state goes through SUSPENDING.
@@ -289,6 +301,7 @@ impl Unwoken {
 pub struct Awake {
     hold: Hold,
     live: Arc<Live>,
+    meter: Arc<Meter>,
     woke: Option<WakeReport>,
 }
 
@@ -311,12 +324,12 @@ impl Awake {
 
     /// A stream to a port of the guest.
     pub async fn dial(&self, port: Port) -> Result<GuestStream, DialError> {
-        self.live.vm.dial(port).await
+        Ok(self.meter.counting(self.live.vm.dial(port).await?))
     }
 
     /// A stream to a new shell of the guest agent's.
     pub async fn dial_shell(&self) -> Result<GuestStream, DialError> {
-        self.live.vm.dial_shell().await
+        Ok(self.meter.counting(self.live.vm.dial_shell().await?))
     }
 
     /// Whether bytes for the guest would have to wait for a wake (and would cause one).

@@ -15,7 +15,7 @@
 //! ```
 //!
 //! `machine/` decides, `driver.rs` does, `handle.rs` asks, `activity.rs` counts what happens meanwhile, `registry.rs`
-//! remembers, `reconcile.rs` finds out what is true after a restart.
+//! remembers, `metering.rs` measures, `reconcile.rs` finds out what is true after a restart.
 #![forbid(unsafe_code)]
 
 mod activity;
@@ -23,6 +23,7 @@ mod controller;
 mod driver;
 mod handle;
 mod machine;
+mod metering;
 mod metrics;
 mod operations;
 mod reconcile;

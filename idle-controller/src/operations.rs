@@ -13,7 +13,7 @@ use std::{
 
 use model::chain;
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
-use vmm_runtime::engine::{EngineError, LaunchSpec, NO_OUTPUT, RestoreSpec, SnapshotRecord, Started, SuspendOutcome, Vm};
+use vmm_runtime::engine::{EngineError, LaunchSpec, NO_OUTPUT, RestoreSpec, SnapshotRecord, Started, SuspendOutcome, Usage, Vm};
 
 use crate::{controller::Node, metrics::Counted, registry::Record};
 
@@ -107,8 +107,9 @@ pub(crate) async fn restore(node: Arc<Node>, record: Record, predecessor: Option
     in_turn(&node, cancel, node.engine.restore(spec)).await
 }
 
-/// A suspend; `cancel` takes it back.
-pub(crate) async fn suspend(vm: Arc<dyn Vm>, cancel: CancellationToken) -> Outcome {
+/// A suspend; `cancel` takes it back. `sample` sees what the VMM counted last.
+pub(crate) async fn suspend(vm: Arc<dyn Vm>, sample: impl FnOnce(Usage), cancel: CancellationToken) -> Outcome {
+    sample(vm.usage().await);
     Outcome::Suspend(vm.suspend(cancel).await)
 }
 

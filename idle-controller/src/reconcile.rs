@@ -13,15 +13,16 @@
 //! | SUSPENDED (or was waking) | ended by the sweep: nobody had reached it | – | SUSPENDED |
 //! | TERMINATING | ended by the sweep | – | what is left of it is removed |
 
-use std::{path::PathBuf, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
-use model::{MicrovmId, chain};
+use model::{MicrovmId, Usage, chain};
 use vmm_runtime::engine::Engine;
 
 use crate::{
     controller::Node,
     driver::Beginning,
-    machine::{Effect, EndReason, Event, Machine, Policy},
+    machine::{Effect, EndReason, Event, Machine, Phase, Policy},
+    metering::{Found, Meter, SavedUsage},
     operations::blocking_io,
     registry::{Record, SavedState},
 };
@@ -36,8 +37,10 @@ pub(crate) fn keep(records: &[Record]) -> Vec<MicrovmId> {
 
 /// Finds out what has become of one microVM, and enforces what has expired meanwhile (design §4 rule 7). The record is
 /// the old one: the caller compares and writes.
-pub(crate) async fn recover(node: &Node, record: Record) -> Beginning {
-    let now = node.clock.now();
+pub(crate) async fn recover(node: &Node, record: Record, usage: Option<SavedUsage>) -> Beginning {
+    let (now, saved_at) = (node.clock.now(), record.saved_at);
+    let usage = usage.unwrap_or(SavedUsage { usage: Usage::default(), stored_bytes: 0, saved_at });
+    let meter = |found| Arc::new(Meter::restored(record.size, Arc::clone(&node.sums), usage, found, now, node.clock.wall()));
     // A wall clock that went backwards meanwhile counts as no time at all.
     let away = node.clock.wall().duration_since(record.saved_at).unwrap_or_default();
     let left = record.max_duration.saturating_sub(record.lived.saturating_add(away));
@@ -50,6 +53,7 @@ pub(crate) async fn recover(node: &Node, record: Record) -> Beginning {
             let keep = node.config.keep_terminated.saturating_sub(ago);
             return Beginning {
                 machine: Machine::ended(policy, generation, reason.clone(), keep, now),
+                meter: meter(Found::Ended),
                 record,
                 vm: None,
                 effects: vec![],
@@ -82,9 +86,14 @@ pub(crate) async fn recover(node: &Node, record: Record) -> Beginning {
             }
         }
     };
+    let meter = meter(match (&vm, machine.phase()) {
+        (Some(_), _) => Found::Running(generation),
+        (None, Phase::Suspended { .. }) => Found::Sleeping,
+        (None, _) => Found::Ended,
+    });
     // Refused only where there is nothing to enforce.
     effects.extend(machine.step(now, Event::Tick { quiet_since: None }).unwrap_or_default());
-    Beginning { machine, record, vm, effects, ticket: None }
+    Beginning { machine, meter, record, vm, effects, ticket: None }
 }
 
 /// It ran, and its process is gone.

@@ -10,21 +10,25 @@
 //! themselves say which of the two it was (see `reconcile.rs`).
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
-use model::{EndpointId, Generation, IdlePolicy, ImageName, ImageVersion, MicrovmId};
+use model::{EndpointId, Generation, IdlePolicy, ImageName, ImageVersion, MemorySize, MicrovmId, Usage};
 use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, TableDefinition};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::{ControllerError, machine::EndReason};
+use crate::{ControllerError, machine::EndReason, metering::SavedUsage};
 
 /// Key: the microVM's id. Value: [`Record`] as JSON.
 const MICROVMS: TableDefinition<&str, &[u8]> = TableDefinition::new("microvms");
+/// Key: the microVM's id. Value: [`SavedUsage`] as JSON. Absent: it has used nothing yet.
+const USAGE: TableDefinition<&str, &[u8]> = TableDefinition::new("usage");
+/// Key: an image's name. Value: the [`Usage`] of all its microVMs that are forgotten, as JSON.
+const IMAGE_USAGE: TableDefinition<&str, &[u8]> = TableDefinition::new("image-usage");
 /// Facts about the file itself.
 const META: TableDefinition<&str, u64> = TableDefinition::new("meta");
 /// The version of everything in the file; grows when a record of today could not be read as one of yesterday.
@@ -53,6 +57,9 @@ pub(crate) struct Record {
     /// Records of older programs lack it; they kept all output.
     #[serde(default = "yes")]
     pub(crate) keep_output: bool,
+    /// Its size. Records of older programs lack it.
+    #[serde(default)]
+    pub(crate) size: MemorySize,
     pub(crate) started_at: SystemTime,
     pub(crate) generation: Generation,
     pub(crate) state: SavedState,
@@ -113,8 +120,11 @@ struct Write {
 }
 
 enum Change {
-    Put { key: String, json: Vec<u8> },
-    Delete { key: String },
+    Put { key: String, json: Vec<u8>, usage: Vec<u8> },
+    /// Of microVMs that are recorded.
+    PutUsage { rows: Vec<(String, Vec<u8>)> },
+    /// Its use goes to its image.
+    Delete { key: String, image: String },
     /// The last one: the file is closed before it is answered.
     Close,
 }
@@ -123,6 +133,9 @@ enum Change {
 pub(crate) struct Opened {
     pub(crate) store: Store,
     pub(crate) records: Vec<Record>,
+    pub(crate) usage: HashMap<MicrovmId, SavedUsage>,
+    /// Of microVMs that are forgotten.
+    pub(crate) by_image: BTreeMap<ImageName, Usage>,
     /// The file was made just now.
     pub(crate) fresh: bool,
 }
@@ -135,11 +148,11 @@ impl Store {
         loop {
             let at = path.clone();
             match blocking(&doing, move || open_file(&at)).await? {
-                Ok((database, records, fresh)) => {
+                Ok(Contents { database, records, usage, by_image, fresh }) => {
                     let (queue, writes) = mpsc::channel(QUEUE);
                     // Ends by itself when the last clone of the sender is gone and everything sent is written.
                     tokio::spawn(write_all(Arc::new(database), writes));
-                    return Ok(Opened { store: Store { queue }, records, fresh });
+                    return Ok(Opened { store: Store { queue }, records, usage, by_image, fresh });
                 }
                 Err(OpenError::Locked) if tokio::time::Instant::now() < deadline => tokio::time::sleep(LOCK_POLL).await,
                 Err(error) => return Err(ControllerError::Registry { doing, source: Box::new(error) }),
@@ -147,15 +160,23 @@ impl Store {
         }
     }
 
-    /// Durable on `Ok`.
-    pub(crate) async fn put(&self, record: &Record) -> Result<(), WriteError> {
-        let json = serde_json::to_vec(record).map_err(|error| WriteError(Arc::new(error)))?;
-        self.write(Change::Put { key: record.id.to_string(), json }).await
+    /// A record with what its microVM has used until now. Durable on `Ok`.
+    pub(crate) async fn put(&self, record: &Record, usage: &SavedUsage) -> Result<(), WriteError> {
+        self.write(Change::Put { key: record.id.to_string(), json: json(record)?, usage: json(usage)? }).await
     }
 
-    /// Durable on `Ok`.
-    pub(crate) async fn delete(&self, id: MicrovmId) -> Result<(), WriteError> {
-        self.write(Change::Delete { key: id.to_string() }).await
+    /// What some have used until now. Durable on `Ok`.
+    pub(crate) async fn put_usage(&self, usage: Vec<(MicrovmId, SavedUsage)>) -> Result<(), WriteError> {
+        if usage.is_empty() {
+            return Ok(());
+        }
+        let rows = usage.iter().map(|(id, usage)| Ok((id.to_string(), json(usage)?))).collect::<Result<_, WriteError>>()?;
+        self.write(Change::PutUsage { rows }).await
+    }
+
+    /// Forgets a microVM; what it used is added to its image's. Durable on `Ok`.
+    pub(crate) async fn delete(&self, id: MicrovmId, image: &ImageName) -> Result<(), WriteError> {
+        self.write(Change::Delete { key: id.to_string(), image: image.to_string() }).await
     }
 
     /// Closes the file once everything that was sent is written. Later writes fail.
@@ -170,6 +191,19 @@ impl Store {
         self.queue.send(Write { change, done }).await.map_err(|_| closed())?;
         outcome.await.map_err(|_| closed())?
     }
+}
+
+fn json(value: &impl Serialize) -> Result<Vec<u8>, WriteError> {
+    serde_json::to_vec(value).map_err(|error| WriteError(Arc::new(error)))
+}
+
+/// A file, open, with all that is in it.
+struct Contents {
+    database: Database,
+    records: Vec<Record>,
+    usage: HashMap<MicrovmId, SavedUsage>,
+    by_image: BTreeMap<ImageName, Usage>,
+    fresh: bool,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -192,7 +226,7 @@ fn file(error: impl Into<redb::Error>) -> OpenError {
     OpenError::File(error.into())
 }
 
-fn open_file(path: &Path) -> Result<(Database, Vec<Record>, bool), OpenError> {
+fn open_file(path: &Path) -> Result<Contents, OpenError> {
     let fresh = !path.try_exists().map_err(|error| file(redb::Error::Io(error)))?;
     let database = match Database::create(path) {
         Err(DatabaseError::DatabaseAlreadyOpen) => return Err(OpenError::Locked),
@@ -209,18 +243,28 @@ fn open_file(path: &Path) -> Result<(Database, Vec<Record>, bool), OpenError> {
                 meta.insert("schema", SCHEMA).map_err(file)?;
             }
         }
-        transaction.open_table(MICROVMS).map_err(file)?;
+        for table in [MICROVMS, USAGE, IMAGE_USAGE] {
+            transaction.open_table(table).map_err(file)?;
+        }
     }
     transaction.commit().map_err(file)?;
 
-    let mut records = Vec::new();
-    let microvms = database.begin_read().map_err(file)?.open_table(MICROVMS).map_err(file)?;
-    for row in microvms.iter().map_err(file)? {
+    let records: Vec<Record> = rows(&database, MICROVMS)?.into_iter().map(|(_, record)| record).collect();
+    let usage = rows(&database, USAGE)?.into_iter().filter_map(|(id, usage)| Some((id.parse().ok()?, usage))).collect();
+    let by_image = rows(&database, IMAGE_USAGE)?.into_iter().filter_map(|(name, usage)| Some((name.parse().ok()?, usage))).collect();
+    Ok(Contents { database, records, usage, by_image, fresh })
+}
+
+/// All of a table.
+fn rows<T: DeserializeOwned>(database: &Database, table: TableDefinition<&str, &[u8]>) -> Result<Vec<(String, T)>, OpenError> {
+    let mut found = Vec::new();
+    let table = database.begin_read().map_err(file)?.open_table(table).map_err(file)?;
+    for row in table.iter().map_err(file)? {
         let (key, value) = row.map_err(file)?;
-        let record = serde_json::from_slice(value.value()).map_err(|source| OpenError::Record { key: key.value().to_owned(), source })?;
-        records.push(record);
+        let value = serde_json::from_slice(value.value()).map_err(|source| OpenError::Record { key: key.value().to_owned(), source })?;
+        found.push((key.value().to_owned(), value));
     }
-    Ok((database, records, fresh))
+    Ok(found)
 }
 
 async fn write_all(database: Arc<Database>, mut writes: mpsc::Receiver<Write>) {
@@ -258,10 +302,33 @@ fn commit(database: &Database, changes: Vec<Change>) -> Result<(), redb::Error> 
     let transaction = database.begin_write()?;
     {
         let mut microvms = transaction.open_table(MICROVMS)?;
+        let mut used = transaction.open_table(USAGE)?;
+        let mut by_image = transaction.open_table(IMAGE_USAGE)?;
         for change in changes {
             match change {
-                Change::Put { key, json } => drop(microvms.insert(key.as_str(), json.as_slice())?),
-                Change::Delete { key } => drop(microvms.remove(key.as_str())?),
+                Change::Put { key, json, usage } => {
+                    microvms.insert(key.as_str(), json.as_slice())?;
+                    used.insert(key.as_str(), usage.as_slice())?;
+                }
+                Change::PutUsage { rows } => {
+                    for (key, usage) in rows {
+                        // One that was forgotten meanwhile stays forgotten.
+                        if microvms.get(key.as_str())?.is_some() {
+                            used.insert(key.as_str(), usage.as_slice())?;
+                        }
+                    }
+                }
+                Change::Delete { key, image } => {
+                    microvms.remove(key.as_str())?;
+                    // In the same transaction: a second try finds nothing to add.
+                    let last = used.remove(key.as_str())?.and_then(|usage| serde_json::from_slice::<SavedUsage>(usage.value()).ok());
+                    if let Some(last) = last {
+                        let mut sum = by_image.get(image.as_str())?.and_then(|sum| serde_json::from_slice::<Usage>(sum.value()).ok()).unwrap_or_default();
+                        sum += last.usage;
+                        let sum = serde_json::to_vec(&sum).expect("numbers are JSON");
+                        by_image.insert(image.as_str(), sum.as_slice())?;
+                    }
+                }
                 Change::Close => {}
             }
         }
@@ -293,6 +360,7 @@ mod tests {
             identity: BTreeMap::from([("AWS_REGION".to_owned(), "eu-north-1".to_owned())]),
             request: serde_json::json!({"clientToken": "t", "tags": [1, null]}),
             keep_output: false,
+            size: MemorySize::DEFAULT,
             started_at: SystemTime::UNIX_EPOCH + Duration::from_nanos(1_700_000_000_123_456_789),
             generation: Generation(3),
             state: SavedState::Terminated { reason: EndReason::AppExited(137), at: SystemTime::UNIX_EPOCH },
@@ -300,6 +368,10 @@ mod tests {
             lived: Duration::from_secs(9),
             asleep: Duration::ZERO,
         }
+    }
+
+    fn used(running_seconds: f64) -> SavedUsage {
+        SavedUsage { usage: Usage { running_seconds, ..Usage::default() }, stored_bytes: 7, saved_at: SystemTime::UNIX_EPOCH }
     }
 
     #[tokio::test]
@@ -310,19 +382,26 @@ mod tests {
         assert!(opened.fresh && opened.records.is_empty());
         let (kept, changed, dropped) = (record(), record(), record());
         let later = Record { generation: Generation(4), state: SavedState::Suspended { reason: None }, ..changed.clone() };
-        let puts = [&kept, &changed, &dropped].map(|record| opened.store.put(record));
+        let usage = used(1.0);
+        let puts = [&kept, &changed, &dropped].map(|record| opened.store.put(record, &usage));
         for put in futures::future::join_all(puts).await {
             put.unwrap();
         }
-        opened.store.put(&later).await.unwrap();
-        opened.store.delete(dropped.id).await.unwrap();
+        opened.store.put(&later, &used(2.0)).await.unwrap();
+        opened.store.put_usage(vec![(changed.id, used(3.0)), (dropped.id, used(4.0))]).await.unwrap();
+        for _ in 0..2 {
+            opened.store.delete(dropped.id, &dropped.image).await.unwrap();
+        }
+        opened.store.put_usage(vec![(dropped.id, used(5.0))]).await.unwrap();
         opened.store.close().await;
-        assert!(opened.store.put(&kept).await.is_err(), "it was closed");
+        assert!(opened.store.put(&kept, &usage).await.is_err(), "it was closed");
 
         let opened = Store::open(path).await.unwrap();
         assert!(!opened.fresh);
         assert_eq!(opened.records.len(), 2);
         assert!(opened.records.contains(&kept) && opened.records.contains(&later));
+        assert_eq!(opened.usage, HashMap::from([(kept.id, used(1.0)), (changed.id, used(3.0))]));
+        assert_eq!(opened.by_image, BTreeMap::from([(dropped.image, used(4.0).usage)]), "what a forgotten one used is its image's, once");
     }
 
     #[tokio::test]

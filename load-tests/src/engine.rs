@@ -107,7 +107,7 @@ impl Microvm {
         let dir = dir.join(id.to_string());
         fs::create_dir(&dir)?;
         let spec = LaunchSpec { id, dir: dir.clone(), image_dir: image_dir.to_owned(), identity: BTreeMap::new() };
-        let Started { vm, phases } = engine.launch(spec).await?;
+        let Started { vm, phases, .. } = engine.launch(spec).await?;
         Ok((Self { id, dir, image_dir: image_dir.to_owned(), generation: Generation(0), vm }, phases))
     }
 
@@ -128,7 +128,7 @@ impl Microvm {
             predecessor: Some(self.vm.clone()),
             identity: BTreeMap::new(),
         };
-        let Started { vm, phases } = engine.restore(spec).await?;
+        let Started { vm, phases, .. } = engine.restore(spec).await?;
         self.vm = vm;
         Ok(phases)
     }

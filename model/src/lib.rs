@@ -1,6 +1,6 @@
 //! The nouns every piece of Dormouse shares.
 //!
-//! Owns: ids, public states, ports, doors and port scopes, the idle policy, lifecycle hooks, the clock trait, how an error is put into words. Never does I/O, never reads the
+//! Owns: ids, public states, ports, doors and port scopes, the idle policy, lifecycle hooks, the clock trait, what is used and what it costs, how an error is put into words. Never does I/O, never reads the
 //! time by itself, knows nothing of engines, sockets or HTTP.
 #![forbid(unsafe_code)]
 
@@ -12,6 +12,7 @@ pub mod policy;
 pub mod port;
 pub mod size;
 pub mod state;
+pub mod usage;
 
 pub use chain::chain;
 pub use clock::{Clock, SystemClock};
@@ -21,3 +22,4 @@ pub use policy::{IdlePolicy, MAX_DURATION};
 pub use port::{Door, Port, PortRange, PortScope};
 pub use size::{MemorySize, Shape};
 pub use state::MicrovmState;
+pub use usage::{Cost, Prices, Usage};

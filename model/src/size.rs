@@ -23,6 +23,11 @@ impl MemorySize {
         self.0
     }
 
+    /// Baseline vCPUs that go with this size.
+    pub fn vcpus(self) -> f64 {
+        f64::from(self.0) / 2048.0
+    }
+
     /// Disk in GiB that goes with this size.
     pub fn disk_gib(self) -> u32 {
         match self.0 {
@@ -30,6 +35,12 @@ impl MemorySize {
             8192 => 32,
             _ => 8,
         }
+    }
+}
+
+impl Default for MemorySize {
+    fn default() -> Self {
+        Self::DEFAULT
     }
 }
 

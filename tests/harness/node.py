@@ -60,7 +60,7 @@ class Node:
     """Start it with `with Node(dir) as node:`; leaving the block ends its microVMs and checks that nothing is left."""
 
     # As loud as an operator can make it, so that the search for leaked tokens in the log has something to search.
-    def __init__(self, directory, *, edge=ANY, api=ANY, admin=ANY, edge_settings="", log='filter = "debug"\n'):
+    def __init__(self, directory, *, edge=ANY, api=ANY, admin=ANY, edge_settings="", log='filter = "debug"\n', more=""):
         self.directory = Path(directory).resolve()
         self.data_dir = self.directory / "data"
         self.config = self.directory / "dormouse.toml"
@@ -74,7 +74,7 @@ class Node:
             f'[admin]\nlisten = "{admin}"\n'
             # AWS takes nothing under a minute; a test that waits a minute is not run.
             "[lifecycle]\nleast_idle_secs = 1\n"
-            f"[log]\n{log}"
+            f"[log]\n{log}{more}"
         )
 
     # -- the process --------------------------------------------------------------------------------------------

@@ -85,6 +85,8 @@ pub type Phases = Vec<(&'static str, Duration)>;
 pub struct Started {
     /// The microVM.
     pub vm: Arc<dyn Vm>,
+    /// Bytes of the snapshot it was made from: for a launch the image's, for a restore those that belong to the microVM alone.
+    pub read_bytes: u64,
     /// Time of each step.
     pub phases: Phases,
 }

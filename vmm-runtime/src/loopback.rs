@@ -272,7 +272,7 @@ impl Engine for LoopbackEngine {
             return Err(error);
         }
         let vm = self.start(spec.id, &spec.dir, Generation(0), Streams::new());
-        Ok(Started { vm, phases: vec![("loopback", begun.elapsed())] })
+        Ok(Started { vm, read_bytes: 0, phases: vec![("loopback", begun.elapsed())] })
     }
 
     async fn restore(&self, spec: RestoreSpec) -> Result<Started, EngineError> {
@@ -291,7 +291,7 @@ impl Engine for LoopbackEngine {
         let streams = parked.unwrap_or_else(Streams::new);
         streams.set(Flow::Flowing);
         let vm = self.start(spec.id, &spec.dir, spec.generation, streams);
-        Ok(Started { vm, phases: vec![("loopback", begun.elapsed())] })
+        Ok(Started { vm, read_bytes: 0, phases: vec![("loopback", begun.elapsed())] })
     }
 
     async fn adopt(&self, id: MicrovmId, _dir: PathBuf, _image_dir: PathBuf, generation: Generation) -> Result<Option<Arc<dyn Vm>>, EngineError> {

@@ -83,6 +83,7 @@ async fn run(api: &Api, caller: &Caller, input: Input) -> Result<Answer, ApiErro
     let spec = RunSpec {
         keep_output: remembered.logging.as_ref().is_none_or(log_names::keeps_output),
         identity: identity(api, &image),
+        size: image.memory,
         image: image.name,
         version: image.version,
         image_dir,

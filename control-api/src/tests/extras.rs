@@ -118,3 +118,31 @@ async fn a_follower_ends_with_the_listener() {
     });
     assert_eq!(followed.expect("the end").text, "one\n");
 }
+
+#[tokio::test]
+async fn usage_is_read_of_one_and_of_all_and_stays_after_the_end() {
+    let bench = Bench::with_image("hello").await;
+    let id = running(&bench, json!({})).await;
+    let target = format!("/dormouse/v1/microvms/{id}/usage");
+    let got = bench.get(&target).await;
+    assert_eq!((got.status.as_u16(), &got.body["microvmId"], &got.body["image"], &got.body["state"]), (200, &json!(id), &json!("hello"), &json!("RUNNING")));
+    let unsigned = bench.send(bench.request("GET", &target, b"").plain(bench.address)).await;
+    assert_eq!(unsigned.status, 403, "{unsigned:?}");
+
+    let handle = bench.controller.find(id).unwrap();
+    handle.terminate().await.unwrap();
+    handle.wait_until(|view| view.state == MicrovmState::Terminated).await;
+    let one = bench.get(&target).await.body;
+    let seconds = |body: &Value| body["usage"]["baselineVcpuSeconds"].as_f64().unwrap();
+    assert!(seconds(&one) > 0.0 && one["state"] == "TERMINATED", "{one}");
+    // A vCPU-second costs a dollar here, and nothing else costs anything.
+    let cost = one["cost"]["total"].as_f64().unwrap();
+    assert!((cost - seconds(&one) - one["usage"]["burstVcpuSeconds"].as_f64().unwrap()).abs() < 1e-9, "{one}");
+
+    let all = bench.get("/dormouse/v1/usage").await.body;
+    assert_eq!(all["microvms"], json!([one]));
+    assert_eq!((&all["images"][0]["image"], &all["images"][0]["usage"], &all["total"]["usage"]), (&json!("hello"), &one["usage"], &one["usage"]));
+    assert_eq!(all["prices"]["vcpuSecond"], 1.0);
+    let refused = bench.get("/dormouse/v1/usage?of=me").await;
+    assert!(refused.status == 400 && refused.message().contains("there are: none"), "{refused:?}");
+}

@@ -145,6 +145,7 @@ impl Rig {
             max_duration: Duration::from_secs(3600),
             identity: BTreeMap::new(),
             request: serde_json::Value::Null,
+            size: model::MemorySize::DEFAULT,
             keep_output: true,
         };
         let view = self.controller.run(spec).await.unwrap();

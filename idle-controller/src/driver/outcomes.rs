@@ -20,11 +20,19 @@ impl Driver {
             Outcome::Start { queued, result: Err(error) } => self.start_failed(operation.kind, queued, error).await,
             Outcome::Suspend(result) => self.suspend_ended(operation.began, result).await,
             Outcome::Inspect(result) => {
+                let now = self.node.clock.now();
                 let found = match result {
-                    Ok(Some(_)) => Inspection::Snapshot,
-                    Ok(None) => Inspection::Nothing,
+                    Ok(Some(snapshot)) => {
+                        self.seat.meter.sleeps(snapshot.memory_bytes.saturating_add(snapshot.disk_bytes), 0, now);
+                        Inspection::Snapshot
+                    }
+                    Ok(None) => {
+                        self.seat.meter.ended(now);
+                        Inspection::Nothing
+                    }
                     Err(error) => {
                         tracing::warn!(microvm.id = %self.seat.id, error = chain(&error), "whether a dead microVM has a snapshot could not be read; it is kept");
+                        self.seat.meter.sleeps(0, 0, now);
                         Inspection::Snapshot
                     }
                 };
@@ -74,6 +82,9 @@ impl Driver {
         let (end, event) = match result {
             Ok(SuspendOutcome::Suspended(snapshot)) => {
                 self.node.metrics.suspended(&snapshot, took);
+                // What was written is what is kept: the memory that differs from the image, and the disk's own layers.
+                let bytes = snapshot.memory_bytes.saturating_add(snapshot.disk_bytes);
+                self.seat.meter.sleeps(bytes, bytes, now);
                 tracing::info!(
                     microvm.id = %self.seat.id, generation = %snapshot.generation, memory_bytes = snapshot.memory_bytes,
                     disk_bytes = snapshot.disk_bytes, took = ?took, phases = ?snapshot.phases, "a snapshot is on stable storage"
@@ -111,9 +122,12 @@ impl Driver {
             started.vm.kill().await;
             return;
         };
+        self.seat.meter.started(machine.generation(), started.read_bytes, recording);
         if let Err(error) = self.save(&machine).await {
             self.note_save_failure(&error);
             started.vm.kill().await;
+            // Asleep as before, or, if this was its launch, about to be ended.
+            self.seat.meter.sleeps_again(self.node.clock.now());
             let launch = self.wake.take().is_some_and(|mut wake| {
                 let launch = wake.launch;
                 wake.phases.extend(started.phases);

@@ -9,6 +9,7 @@ use crate::{
     controller::Node,
     handle::MicrovmView,
     machine::{Machine, Phase},
+    metering::SavedUsage,
     registry::{Record, SavedState, WriteError},
 };
 
@@ -22,7 +23,7 @@ impl Driver {
             return;
         }
         self.record = Self::record_of(&self.node, &self.record, &self.machine);
-        if let Err(error) = self.node.store.put(&self.record).await {
+        if let Err(error) = self.node.store.put(&self.record, &self.metered()).await {
             self.note_save_failure(&error);
         }
     }
@@ -35,7 +36,7 @@ impl Driver {
         }
         // A start that cannot be recorded is undone, so the record is taken over only then.
         let is_start = record.generation > self.record.generation || self.record.state == SavedState::Pending;
-        let outcome = self.node.store.put(&record).await;
+        let outcome = self.node.store.put(&record, &self.metered()).await;
         if outcome.is_ok() || !is_start || record.state != SavedState::Running {
             self.record = record;
         }
@@ -43,6 +44,11 @@ impl Driver {
             self.unsaved_until = None;
         }
         outcome
+    }
+
+    /// What it has used, to be written down.
+    pub(super) fn metered(&self) -> SavedUsage {
+        self.seat.meter.save(self.node.clock.now(), self.node.clock.wall())
     }
 
     pub(super) fn save_later(&mut self, error: &WriteError) {

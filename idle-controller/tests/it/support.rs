@@ -172,6 +172,7 @@ pub fn spec() -> RunSpec {
         max_duration: 8 * HOUR,
         identity: BTreeMap::new(),
         request: serde_json::json!({"clientToken": "t-1"}),
+        size: model::MemorySize::DEFAULT,
         keep_output: true,
     }
 }

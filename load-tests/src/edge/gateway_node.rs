@@ -67,6 +67,7 @@ async fn serve(dir: &Path, settings: &serde_json::Value) -> Result<()> {
         max_duration: hour,
         identity: BTreeMap::new(),
         request: serde_json::Value::Null,
+        size: model::MemorySize::DEFAULT,
         keep_output: true,
     };
     let view = controller.run(spec).await?;
@@ -123,7 +124,7 @@ impl Engine for Direct {
     }
 
     async fn launch(&self, _spec: LaunchSpec) -> Result<Started, EngineError> {
-        Ok(Started { vm: Arc::new(*self), phases: Vec::new() })
+        Ok(Started { vm: Arc::new(*self), read_bytes: 0, phases: Vec::new() })
     }
 
     async fn restore(&self, _spec: RestoreSpec) -> Result<Started, EngineError> {

@@ -32,7 +32,7 @@ use super::{
     vmm_exit,
 };
 use crate::{
-    engine::{BootSpec, EngineError, Exit, LaunchSpec, RestoreSpec, Started},
+    engine::{BootSpec, EngineError, Exit, ImageSnapshot, LaunchSpec, RestoreSpec, Started},
     snapshot::manifest::Part,
 };
 
@@ -149,7 +149,8 @@ pub(super) async fn launch<B: Backend>(shared: &Arc<Shared<B>>, spec: LaunchSpec
     };
     let started = clone.start(&mut watch).await;
     shared.pool.refill(&image);
-    Ok(Started { vm: started?, phases: watch.phases })
+    let ImageSnapshot { memory_bytes, disk_bytes, .. } = image.manifest.snapshot;
+    Ok(Started { vm: started?, read_bytes: memory_bytes.saturating_add(disk_bytes), phases: watch.phases })
 }
 
 /// See `Engine::restore`.
@@ -171,6 +172,7 @@ pub(super) async fn restore<B: Backend>(shared: &Arc<Shared<B>>, spec: RestoreSp
     let link = predecessor.map_or_else(|| new_link(shared, &spec.dir), |core| core.link.clone());
     watch.lap("verify");
     let snapshot_generation = manifest.record.generation;
+    let read_bytes = manifest.record.memory_bytes.saturating_add(manifest.record.disk_bytes);
     let layer_names: Vec<String> = manifest.layers.iter().map(|layer| layer.file.clone()).collect();
     let clone = Clone {
         shared,
@@ -199,7 +201,7 @@ pub(super) async fn restore<B: Backend>(shared: &Arc<Shared<B>>, spec: RestoreSp
             tracing::warn!(dir = %dir.display(), %error, "an old snapshot cannot be removed");
         }
     });
-    Ok(Started { vm, phases: watch.phases })
+    Ok(Started { vm, read_bytes, phases: watch.phases })
 }
 
 impl<B: Backend> Clone<'_, B> {
