@@ -149,6 +149,8 @@ def test_sighup_reads_everything_and_a_fault_in_one_stops_nothing_else(fourth, v
     before = {what: reloads(fourth, what) for what in ("certificate", "access-keys", "limits")}
     failed = reloads(fourth, "token-keys", "failed")
     put(ring, "{}")
+    settings = fourth.config.read_text()
+    put(fourth.config, settings + '\n[[api.keys]]\nid = "AKIAABCDEFGHIJKLMNOP"\nrole = "operator"\n')
     put(credentials, known + "\n[second]\naws_access_key_id = AKIAABCDEFGHIJKLMNOP\naws_secret_access_key = 0123456789012345678901234567890123456789\n")
     fourth.process.send_signal(signal.SIGHUP)
     eventually("the rest to be read", lambda: all(reloads(fourth, what) > count for what, count in before.items()), within=NOTICED_WITHIN)
@@ -156,13 +158,23 @@ def test_sighup_reads_everything_and_a_fault_in_one_stops_nothing_else(fourth, v
     second = boto3.session.Session("AKIAABCDEFGHIJKLMNOP", "0123456789012345678901234567890123456789")
     client = second.client("lambda-microvms", endpoint_url=f"http://{fourth.api}", region_name="us-east-1")
     assert client.get_microvm(microvmIdentifier=vm.id)["state"] == "RUNNING"
+    # Without its entry in the configuration it may do nothing, and one with an entry that is wrong keeps what it had.
+    with counted(fourth, "access-keys", "failed"):
+        put(fourth.config, settings + '\n[[api.keys]]\nid = "AKIAABCDEFGHIJKLMNOP"\nrole = "root"\n')
+    assert client.get_microvm(microvmIdentifier=vm.id)["state"] == "RUNNING"
+    with counted(fourth, "access-keys"):
+        put(fourth.config, settings)
+    with pytest.raises(ClientError) as refused:
+        client.get_microvm(microvmIdentifier=vm.id)
+    assert refused.value.response["Error"]["Code"] == "AccessDeniedException" and "user/second is not authorized" in str(refused.value)
     with counted(fourth, "token-keys"):
         put(ring, good)
     # What was taken out is refused from then on.
     with counted(fourth, "access-keys"):
         put(credentials, known)
-    with pytest.raises(ClientError):
+    with pytest.raises(ClientError) as refused:
         client.get_microvm(microvmIdentifier=vm.id)
+    assert refused.value.response["Error"]["Code"] == "UnrecognizedClientException"
 
 
 def test_limits_are_replaced_and_bad_ones_are_not(fourth, vm):

@@ -4,6 +4,7 @@
 //! crate that reads settings files or environment variables. Never opens a socket, never makes a directory.
 #![forbid(unsafe_code)]
 
+mod api;
 mod problem;
 mod reader;
 
@@ -13,6 +14,7 @@ use std::{
     time::Duration,
 };
 
+pub use api::{Api, ApiKey, ApiRates, KeyRole};
 pub use problem::{ConfigError, Problem};
 use reader::Reader;
 
@@ -121,15 +123,6 @@ pub struct EdgeLimits {
     pub grace: Duration,
 }
 
-/// The control API and the S3 endpoint.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Api {
-    /// Plain HTTP listener.
-    pub listen: SocketAddr,
-    /// Whether `file://` artifacts of this host are taken.
-    pub allow_file_artifacts: bool,
-}
-
 /// Metrics and health.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Admin {
@@ -194,6 +187,8 @@ pub struct Lifecycle {
     pub max_waiting_per_microvm: usize,
     /// microVMs that are not terminated.
     pub max_microvms: usize,
+    /// Baseline memory of microVMs that are not terminated, and of builds, together.
+    pub max_memory_mib: u64,
     /// How long a terminated microVM stays readable.
     pub keep_terminated: Duration,
     /// The least maxIdleDurationSeconds that the API takes. AWS: 60.
@@ -315,10 +310,7 @@ impl Config {
                     grace: s.seconds("grace_secs", 30, 0..=3_600, "How long running requests may go on after SIGTERM."),
                 },
             }),
-            api: r.section("api", |s| Api {
-                listen: s.address("listen", local(9000), "Control API and S3 endpoint (plain HTTP; keep it on a trusted network)."),
-                allow_file_artifacts: s.switch("allow_file_artifacts", true, "Whether an image may be built from a file:// path of this host."),
-            }),
+            api: r.section("api", |s| api::read(s, local(9000))),
             admin: r.section("admin", |s| Admin {
                 listen: s.address("listen", local(9090), "/metrics, /healthz, /readyz."),
             }),
@@ -339,6 +331,7 @@ impl Config {
                 max_concurrent_starts: s.count("max_concurrent_starts", 4, 1..=1_024, "Launches and wakes at a time; more wait their turn."),
                 max_waiting_per_microvm: s.count("max_waiting_per_microvm", 1_024, 1..=1_000_000, "Requests that may wait for one sleeping microVM."),
                 max_microvms: s.count("max_microvms", 1_000, 1..=1_000_000, "microVMs that are not terminated."),
+                max_memory_mib: s.count("max_memory_mib", 1_048_576, 512..=1 << 40, "Baseline memory that all microVMs (asleep or awake) and builds may have together, in MiB; more are told 402. The default is AWS's quota of its large regions; one who sleeps costs this node disk, not memory, so it is not the memory of the host.") as u64,
                 keep_terminated: s.seconds("keep_terminated_secs", 86_400, 0..=31_536_000, "How long a terminated microVM stays readable."),
                 least_idle: s.seconds("least_idle_secs", 60, 1..=28_800, "The least maxIdleDurationSeconds that RunMicrovm takes (AWS: 60)."),
             }),

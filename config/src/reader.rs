@@ -16,7 +16,8 @@ pub(crate) struct Reader {
 
 /// The keys of one section.
 pub(crate) struct Section<'a> {
-    name: &'static str,
+    /// With those it stands in: `api.rates`, `api.keys[2]`.
+    name: String,
     table: Table,
     known: Vec<&'static str>,
     problems: &'a mut Vec<Problem>,
@@ -40,7 +41,7 @@ impl Reader {
                 Table::new()
             }
         };
-        let mut section = Section { name, table, known: Vec::new(), problems: &mut self.problems, example: &mut self.example };
+        let mut section = Section { name: name.to_owned(), table, known: Vec::new(), problems: &mut self.problems, example: &mut self.example };
         let value = read(&mut section);
         section.refuse_rest();
         value
@@ -125,6 +126,83 @@ impl Section<'_> {
             let name = value.as_str().ok_or(wanted.clone())?;
             choices.iter().find(|(choice, _)| *choice == name).map(|(_, value)| *value).ok_or(wanted.clone())
         })
+    }
+
+    /// A section inside this one, `[outer.name]`; read after the keys of this one, or the example would mix them.
+    pub(crate) fn section<T>(&mut self, name: &'static str, read: impl FnOnce(&mut Section<'_>) -> T) -> T {
+        self.known.push(name);
+        let full = format!("{}.{name}", self.name);
+        self.example.push_str(&format!("\n[{full}]\n"));
+        let table = match self.table.remove(name) {
+            None => Table::new(),
+            Some(Value::Table(table)) => table,
+            Some(other) => {
+                self.problem(name, format!("is {}, but must be a section [{full}]", other.type_str()));
+                Table::new()
+            }
+        };
+        let mut section = Section { name: full, table, known: Vec::new(), problems: &mut *self.problems, example: &mut *self.example };
+        let value = read(&mut section);
+        section.refuse_rest();
+        value
+    }
+
+    /// Any number of sections of one kind, `[[outer.name]]`; `None` of those with a problem. The example shows `shown`,
+    /// lines that stay comments.
+    pub(crate) fn sections<T>(&mut self, name: &'static str, about: &str, shown: &[&str], read: impl Fn(&mut Section<'_>) -> Option<T>) -> Vec<T> {
+        self.known.push(name);
+        self.example.push_str(&format!("# {about}\n#   [[{}.{name}]]\n", self.name));
+        for line in shown {
+            self.example.push_str(&format!("#   {line}\n"));
+        }
+        let tables = match self.table.remove(name) {
+            None => Vec::new(),
+            Some(Value::Array(tables)) => tables,
+            Some(other) => {
+                self.problem(name, format!("is {}, but must be sections [[{}.{name}]]", other.type_str(), self.name));
+                Vec::new()
+            }
+        };
+        let mut values = Vec::new();
+        for (number, table) in (1..).zip(tables) {
+            let Value::Table(table) = table else {
+                self.problem(name, format!("{number} is {}, but must be a section [[{}.{name}]]", table.type_str(), self.name));
+                continue;
+            };
+            let mut unseen = String::new();
+            let full = format!("{}.{name}[{number}]", self.name);
+            let mut section = Section { name: full, table, known: Vec::new(), problems: &mut *self.problems, example: &mut unseen };
+            values.extend(read(&mut section));
+            section.refuse_rest();
+        }
+        values
+    }
+
+    /// A key without a default; `None`: it is missing or wrong, which has been noted.
+    pub(crate) fn required<T>(&mut self, key: &'static str, wanted: &str, read: impl FnOnce(&Value) -> Option<T>) -> Option<T> {
+        self.known.push(key);
+        let Some(value) = self.table.remove(key) else {
+            self.problem(key, format!("is missing; it must be {wanted}"));
+            return None;
+        };
+        let read = read(&value);
+        if read.is_none() {
+            self.problem(key, format!("is {value}, but must be {wanted}"));
+        }
+        read
+    }
+
+    /// The same, where the key may be absent: `Some(None)`.
+    pub(crate) fn maybe<T>(&mut self, key: &'static str, wanted: &str, read: impl FnOnce(&Value) -> Option<T>) -> Option<Option<T>> {
+        if self.table.contains_key(key) { self.required(key, wanted, read).map(Some) } else {
+            self.known.push(key);
+            Some(None)
+        }
+    }
+
+    /// Notes what is wrong with keys that are right each by itself.
+    pub(crate) fn refuse(&mut self, key: &str, what: &str) {
+        self.problem(key, what.to_owned());
     }
 
     fn take<T, W: Into<String>>(&mut self, key: &'static str, about: &str, default_text: &str, default: T, read: impl FnOnce(&Value) -> Result<T, W>) -> T {

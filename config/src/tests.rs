@@ -1,6 +1,6 @@
 use std::time::Duration;
 
-use crate::{Accelerator, Config, ConfigError};
+use crate::{Accelerator, Config, ConfigError, KeyRole};
 
 fn problems(text: &str) -> Vec<String> {
     Config::parse(text).expect_err("this text has problems").iter().map(ToString::to_string).collect()
@@ -83,4 +83,42 @@ fn a_file_that_is_not_there_is_named() {
     let error = Config::load(Some("/nowhere/dormouse.toml".as_ref())).unwrap_err();
     assert!(matches!(error, ConfigError::Read { .. }));
     assert_eq!(error.to_string(), "the configuration /nowhere/dormouse.toml cannot be read");
+}
+
+#[test]
+fn access_keys_have_roles() {
+    let keys = "[[api.keys]]\nid = \"A1\"\nrole = \"admin\"\n[[api.keys]]\nid = \"A2\"\nrole = \"operator\"\n[[api.keys]]\nid = \"A3\"\nrole = \"token-minter\"\nimages = [\"a\", \"b\"]\n";
+    let config = Config::parse(&format!("[api]\nlisten = \"127.0.0.1:1\"\n{keys}[api.rates]\nrun_per_second = 3\nothers_per_second = 0\n")).unwrap();
+    let roles: Vec<_> = config.api.keys.iter().map(|key| (key.id.as_str(), &key.role)).collect();
+    let images = vec!["a".parse().unwrap(), "b".parse().unwrap()];
+    assert_eq!(roles, [("A1", &KeyRole::Admin), ("A2", &KeyRole::Operator), ("A3", &KeyRole::TokenMinter { images })]);
+    assert_eq!((config.api.rates.run, config.api.rates.others, config.api.rates.suspend), (Some(3), None, Some(50)));
+    assert!(Config::defaults().api.keys.is_empty());
+}
+
+#[test]
+fn roles_that_are_none_are_named_with_the_entry() {
+    let found = problems(
+        "[[api.keys]]\nid = \"A1\"\nrole = \"root\"\n[[api.keys]]\nrole = \"operator\"\nimage = 1\n[[api.keys]]\nid = \"A3\"\nrole = \"token-minter\"\n\
+         [[api.keys]]\nid = \"A4\"\nrole = \"token-minter\"\nimages = [\"a b\"]\n[[api.keys]]\nid = \"A5\"\nrole = \"admin\"\nimages = [\"a\"]\n\
+         [api.rates]\nrun_per_second = -1\nrun = 1\n",
+    );
+    let expected = [
+        "api.keys[1].role: is \"root\", but must be \"admin\" or \"operator\" or \"token-minter\"",
+        "api.keys[2].id: is missing; it must be an access key id",
+        "api.keys[2].image: there is no such key; did you mean `images`?",
+        "api.keys[3].images: is missing; it must be a list of one or more image names",
+        "api.keys[4].images: is [\"a b\"], but must be a list of one or more image names",
+        "api.keys[5].images: is of no use here: only the role \"token-minter\" is limited to images",
+        "api.rates.run_per_second: is -1, but must be a whole number from 0 to 1000000",
+        "api.rates.run: there is no such key; [api.rates] has ",
+    ];
+    assert_eq!(found.len(), expected.len(), "{found:#?}");
+    for (found, expected) in found.iter().zip(expected) {
+        assert!(found.starts_with(expected), "{found}");
+    }
+    let twice = problems("[[api.keys]]\nid = \"A1\"\nrole = \"admin\"\n[[api.keys]]\nid = \"A1\"\nrole = \"operator\"\n");
+    assert_eq!(twice, ["api.keys: name the access key A1 twice"]);
+    assert_eq!(problems("[api]\nkeys = 1\n"), ["api.keys: is integer, but must be sections [[api.keys]]"]);
+    assert_eq!(problems("[api]\nkeys = [1]\nrates = 2\n").len(), 2);
 }

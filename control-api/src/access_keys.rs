@@ -1,6 +1,7 @@
-//! Who may call: access key pairs in the AWS shared-credentials format.
+//! Who may call: access key pairs in the AWS shared-credentials format, and the role of each.
 //!
-//! Owns: the credentials file (mode 0600, written whole or not at all). Never shows a secret in `Debug` or an error.
+//! Owns: the credentials file (mode 0600, written whole or not at all), and which role a key has that nobody gave one:
+//! the first is admin, any other may do nothing. Never shows a secret in `Debug` or an error.
 
 use std::{
     collections::BTreeMap,
@@ -15,6 +16,8 @@ use std::{
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use parking_lot::RwLock;
 use sha2::{Digest as _, Sha512};
+
+use crate::caller::{Caller, Role};
 
 /// A few thousand keys; a larger file is not a credentials file.
 const MAX_FILE_BYTES: u64 = 1024 * 1024;
@@ -54,11 +57,18 @@ struct Shared {
     path: PathBuf,
     /// Held only to look one key up or to replace all.
     keys: RwLock<Keys>,
+    /// By access key id. Held only to look one up or to replace all.
+    roles: RwLock<BTreeMap<String, Role>>,
 }
 
 struct Keys {
     first: AccessKey,
-    secret_by_id: BTreeMap<String, String>,
+    by_id: BTreeMap<String, Profile>,
+}
+
+struct Profile {
+    name: String,
+    secret: String,
 }
 
 impl AccessKeys {
@@ -72,7 +82,7 @@ impl AccessKeys {
                 file.read()?.ok_or_else(|| file.error("it disappeared right after it was written"))?
             }
         };
-        Ok(Self { shared: Arc::new(Shared { path: path.to_owned(), keys: RwLock::new(keys) }) })
+        Ok(Self { shared: Arc::new(Shared { path: path.to_owned(), keys: RwLock::new(keys), roles: RwLock::default() }) })
     }
 
     /// Reads the file again. On an error the keys stay as they were.
@@ -83,6 +93,21 @@ impl AccessKeys {
         Ok(())
     }
 
+    /// Gives keys their roles, by access key id; those of before are gone. Ids that the file does not have are kept for the
+    /// time when it has them.
+    pub fn set_roles(&self, roles: BTreeMap<String, Role>) {
+        *self.shared.roles.write() = roles;
+    }
+
+    /// Who a key belongs to; `None`: the file does not have it.
+    pub(crate) fn caller(&self, id: &str) -> Option<Caller> {
+        let keys = self.shared.keys.read();
+        let name = keys.by_id.get(id)?.name.clone();
+        let given = self.shared.roles.read().get(id).cloned();
+        let role = given.or_else(|| (keys.first.id == id).then_some(Role::Admin));
+        Some(Caller { key: id.to_owned(), name, role })
+    }
+
     /// The key of profile `default`, else the first of the file.
     pub fn first(&self) -> AccessKey {
         self.shared.keys.read().first.clone()
@@ -90,14 +115,14 @@ impl AccessKeys {
 
     /// The secret that goes with an id.
     pub fn secret(&self, id: &str) -> Option<String> {
-        self.shared.keys.read().secret_by_id.get(id).cloned()
+        self.shared.keys.read().by_id.get(id).map(|profile| profile.secret.clone())
     }
 }
 
 impl fmt::Debug for AccessKeys {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let keys = self.shared.keys.read();
-        f.debug_struct("AccessKeys").field("path", &self.shared.path).field("n_keys", &keys.secret_by_id.len()).finish_non_exhaustive()
+        f.debug_struct("AccessKeys").field("path", &self.shared.path).field("n_keys", &keys.by_id.len()).finish_non_exhaustive()
     }
 }
 
@@ -185,19 +210,19 @@ fn parse(text: &str) -> Result<Keys, String> {
         }
     }
     let mut first: Option<AccessKey> = None;
-    let mut secret_by_id = BTreeMap::new();
+    let mut by_id = BTreeMap::new();
     for (profile, id, secret) in profiles {
         let whole = |value: Option<String>, what| value.filter(|value| !value.is_empty()).ok_or(format!("the profile {profile} has no {what}"));
         let (id, secret) = (whole(id, "aws_access_key_id")?, whole(secret, "aws_secret_access_key")?);
-        if secret_by_id.insert(id.clone(), secret.clone()).is_some() {
-            return Err(format!("the access key {id} stands in it twice"));
-        }
         if first.is_none() || profile == "default" {
-            first = Some(AccessKey { id, secret });
+            first = Some(AccessKey { id: id.clone(), secret: secret.clone() });
+        }
+        if let Some(before) = by_id.insert(id.clone(), Profile { name: profile, secret }) {
+            return Err(format!("the access key {id} stands in it twice, first in the profile {}", before.name));
         }
     }
     let first = first.ok_or("it holds no key; remove it and a start makes a new one")?;
-    Ok(Keys { first, secret_by_id })
+    Ok(Keys { first, by_id })
 }
 
 #[cfg(test)]
@@ -228,8 +253,28 @@ mod tests {
         let text = "# ours\n[other]\naws_access_key_id=A1\naws_secret_access_key = s1=/+\nregion = x\n\n[default]\naws_secret_access_key=s2\naws_access_key_id=A2\n";
         let keys = parse(text).unwrap_or_else(|why| panic!("{why}"));
         assert_eq!(keys.first.id, "A2");
-        assert_eq!(keys.secret_by_id["A1"], "s1=/+");
-        assert_eq!(keys.secret_by_id.len(), 2);
+        assert_eq!((keys.by_id["A1"].name.as_str(), keys.by_id["A1"].secret.as_str()), ("other", "s1=/+"));
+        assert_eq!(keys.by_id.len(), 2);
+    }
+
+    #[test]
+    fn the_first_key_is_admin_and_the_others_are_what_they_are_made() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("credentials");
+        let keys = AccessKeys::open_or_create(&path).unwrap();
+        let first = keys.first().id;
+        let text = fs::read_to_string(&path).unwrap();
+        fs::write(&path, format!("[ops]\naws_access_key_id=A1\naws_secret_access_key=s\n{text}")).unwrap();
+        keys.reload().unwrap();
+        let role = |id: &str| keys.caller(id).map(|caller| (caller.name, caller.role));
+        assert_eq!(role(&first), Some(("default".to_owned(), Some(Role::Admin))));
+        assert_eq!(role("A1"), Some(("ops".to_owned(), None)));
+        assert_eq!(role("A2"), None);
+        keys.set_roles(BTreeMap::from([("A1".to_owned(), Role::Operator), (first.clone(), Role::TokenMinter(["a".parse().unwrap()].into()))]));
+        assert_eq!(role("A1").unwrap().1, Some(Role::Operator));
+        assert_eq!(role(&first).unwrap().1, Some(Role::TokenMinter(["a".parse().unwrap()].into())), "an entry counts for the first as well");
+        keys.set_roles(BTreeMap::new());
+        assert_eq!((role("A1").unwrap().1, role(&first).unwrap().1), (None, Some(Role::Admin)));
     }
 
     #[test]

@@ -230,7 +230,7 @@ mod tests {
     }
 
     fn caller(key: &str) -> Caller {
-        Caller { key: key.to_owned() }
+        Caller { key: key.to_owned(), name: "default".to_owned(), role: None }
     }
 
     #[tokio::test]

@@ -1,12 +1,15 @@
 //! From an HTTP request to an operation's answer.
 //!
 //! ```text
-//! request ─► S3? ─────────────────────────────────────────► s3s
-//!        └─► body (bounded) ─► turn ─► signature ─► route ─► model ─► operation ─► answer
+//! request ─► S3? ───────────────────────────────────────────────────────────────────────► s3s
+//!        └─► signature's header ─► body (bounded) ─► signature ─► route ─► replay ─► rate ─► turn
+//!                                        answer ◄─ operation ◄─ model ◄─ role ◄───────────────┘
 //! ```
 //!
-//! Owns: the order of the checks, the bounds on body, time and number, request ids, the request counter. A request that
-//! has passed the bounds goes on to its end when its client leaves, so that no operation is left half done.
+//! Owns: the order of the checks, the bounds on body, time and number, request ids, the request counter. Nothing of a
+//! request is kept, and no turn taken, before its header names a key that there is; none is worked on before its signature
+//! is found good. A request that has its turn goes on to its end when its client leaves, so that no operation is left half
+//! done.
 
 use std::{sync::Arc, time::Duration};
 
@@ -26,9 +29,12 @@ use tokio::{
 };
 
 use crate::{
+    authorization,
     caller::Caller,
     extras::{self, Extras},
     operations::{self, Api},
+    rates::Allowances,
+    replays::Replays,
     reply::{Answer, ApiError, ErrorKind},
     routes::{self, Operation},
     s3::S3Endpoint,
@@ -38,6 +44,9 @@ use crate::{
 
 /// The largest request of the model is a CreateMicrovmImage with 100 variables of 4096 characters; that fits twice.
 const MAX_BODY_BYTES: usize = 1024 * 1024;
+/// How long a request that is refused by its header may take to send the rest, which is thrown away: a client that is
+/// cut off while it sends does not read the refusal.
+const DISCARD_DEADLINE: Duration = Duration::from_secs(5);
 /// Signing name of the API.
 const SERVICE: &str = "lambda";
 
@@ -45,17 +54,16 @@ const SERVICE: &str = "lambda";
 pub(crate) struct Front {
     pub(crate) api: Arc<Api>,
     pub(crate) s3: S3Endpoint,
+    /// For requests that are worked on.
     pub(crate) turns: Arc<Semaphore>,
+    /// For bodies that are received: each may be [`MAX_BODY_BYTES`] long, and its signature is not known to be good.
+    pub(crate) bodies: Semaphore,
+    pub(crate) allowances: Allowances,
+    pub(crate) replays: Replays,
     pub(crate) request_timeout: Duration,
     /// Labels: operation (a fixed set) and status code.
     pub(crate) requests: IntCounterVec,
     pub(crate) extras: Extras,
-}
-
-/// A request that an operation answers, whole.
-struct Whole {
-    head: http::request::Parts,
-    body: Bytes,
 }
 
 /// Answers any request.
@@ -109,17 +117,34 @@ fn is_s3(request: &Request<Body>) -> bool {
 async fn answer(front: &Front, request: Request<Body>) -> Result<Answer, ApiError> {
     let deadline = Instant::now() + front.request_timeout;
     let (head, body) = request.into_parts();
+    let pending = match begin(&front.api, &head) {
+        Ok(pending) => pending,
+        Err(refused) => {
+            discard(body).await;
+            return Err(refused);
+        }
+    };
+    let place = timeout_at(deadline, front.bodies.acquire()).await;
+    let Ok(Ok(place)) = place else { return Err(busy()) };
     let body = timeout_at(deadline, whole_body(body))
         .await
         .map_err(|_| ApiError::validation("The body of the request did not arrive in time."))??;
-    let turn = timeout_at(deadline, Arc::clone(&front.turns).acquire_owned()).await;
-    let Ok(Ok(turn)) = turn else {
-        return Err(ApiError::new(ErrorKind::Throttling, "Rate exceeded: this node works on as many requests as it may."));
-    };
+    drop(place);
+    let verified = pending.finish(&body)?;
+    let caller = caller(&front.api, &verified)?;
+    let operation = routes::find(&head.method, head.uri.path()).ok_or_else(routes::unknown)?.operation;
+    if operation.acts() && !verified.presigned {
+        front.replays.note(verified.signature, front.api.parts.clock.wall())?;
+    }
+    front.allowances.take(&caller.key, operation)?;
+    let Ok(Ok(turn)) = timeout_at(deadline, Arc::clone(&front.turns).acquire_owned()).await else { return Err(busy()) };
     let api = Arc::clone(&front.api);
     // Held by this request; when its client leaves, the task ends by itself and its turn bounds how many there are.
     let work = tokio::spawn(async move {
-        let answer = work(&api, Whole { head, body }).await;
+        let answer = match read(&api, &caller, &head, &body) {
+            Ok(input) => operations::call(&api, &caller, operation, input).await,
+            Err(refused) => Err(refused),
+        };
         drop(turn);
         answer
     });
@@ -133,6 +158,10 @@ async fn answer(front: &Front, request: Request<Body>) -> Result<Answer, ApiErro
     }
 }
 
+fn busy() -> ApiError {
+    ApiError::new(ErrorKind::Throttling, "Rate exceeded: this node works on as many requests as it may.")
+}
+
 async fn whole_body(body: Body) -> Result<Bytes, ApiError> {
     match Limited::new(body, MAX_BODY_BYTES).collect().await {
         Ok(body) => Ok(body.to_bytes()),
@@ -143,33 +172,45 @@ async fn whole_body(body: Body) -> Result<Bytes, ApiError> {
     }
 }
 
-async fn work(api: &Api, request: Whole) -> Result<Answer, ApiError> {
-    let (caller, operation, input) = check(api, &request)?;
-    operations::call(api, &caller, operation, input).await
+/// Reads a body that nobody wants, as far as an honest one goes, and keeps none of it.
+async fn discard(body: Body) {
+    let mut body = std::pin::pin!(Limited::new(body, MAX_BODY_BYTES));
+    let rest = async { while let Some(Ok(_)) = body.frame().await {} };
+    // One that takes longer is cut off.
+    let _ = tokio::time::timeout(DISCARD_DEADLINE, rest).await;
 }
 
-/// Who signed a request of this API.
-pub(crate) fn signed_by(api: &Api, head: &http::request::Parts, body: &[u8]) -> Result<Caller, ApiError> {
+/// Who signed a request that has no body to speak of.
+pub(crate) fn signed_by(api: &Api, head: &http::request::Parts) -> Result<Caller, ApiError> {
+    caller(api, &begin(api, head)?.finish(&[])?)
+}
+
+fn caller(api: &Api, verified: &sigv4::Verified) -> Result<Caller, ApiError> {
+    api.parts.access_keys.caller(&verified.id).ok_or_else(|| {
+        ApiError::new(ErrorKind::UnrecognizedClient, "The access key of the request was taken away while the request was received.")
+    })
+}
+
+/// What of the signature can be checked before the body is there.
+fn begin(api: &Api, head: &http::request::Parts) -> Result<sigv4::Pending, ApiError> {
     let signed = Signed {
         method: head.method.as_str(),
         path: head.uri.path(),
         query: head.uri.query().unwrap_or_default(),
         headers: &head.headers,
         authority: head.uri.authority().map(|authority| authority.as_str()),
-        body,
     };
     let keys = &api.parts.access_keys;
     let expected = Expected { region: &api.config.region, service: SERVICE, now: api.parts.clock.wall(), secret: &|id| keys.secret(id) };
-    Ok(Caller { key: sigv4::verify(&signed, &expected)? })
+    sigv4::begin(&signed, &expected)
 }
 
-/// Signature, route and model; who asks, and for what.
-fn check(api: &Api, request: &Whole) -> Result<(Caller, Operation, Value), ApiError> {
-    let (path, query) = (request.head.uri.path(), request.head.uri.query().unwrap_or_default());
-    let caller = signed_by(api, &request.head, &request.body)?;
-    let found = routes::find(&request.head.method, path).ok_or_else(routes::unknown)?;
-    let input = found.gather(query, &request.body)?;
+/// What is asked for, if the caller may and it fits the model.
+fn read(api: &Api, caller: &Caller, head: &http::request::Parts, body: &[u8]) -> Result<Value, ApiError> {
+    let found = routes::find(&head.method, head.uri.path()).ok_or_else(routes::unknown)?;
+    let input = found.gather(head.uri.query().unwrap_or_default(), body)?;
+    authorization::check(api, caller, found.operation, &input)?;
     let least_idle = i64::try_from(api.config.least_idle.as_secs()).unwrap_or(i64::MAX);
     shape::check(found.operation.input(), &input, &[("idlePolicy.maxIdleDurationSeconds", least_idle)])?;
-    Ok((caller, found.operation, input))
+    Ok(input)
 }

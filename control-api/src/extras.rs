@@ -17,6 +17,7 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    authorization,
     dispatch::{Front, signed_by},
     operations::Api,
     reply::{ApiError, ErrorKind},
@@ -90,11 +91,12 @@ pub(crate) fn name(path: &str) -> &'static str {
 pub(crate) async fn answer(front: &Front, request: Request<Body>) -> Result<Response, ApiError> {
     let (head, _body) = request.into_parts();
     let (path, query) = (head.uri.path(), head.uri.query().unwrap_or_default());
-    signed_by(&front.api, &head, &[])?;
+    let caller = signed_by(&front.api, &head)?;
     let ask = Ask::of(path, query)?;
     if head.method != Method::GET {
         return Err(routes::unknown());
     }
+    authorization::check_extra(&front.api, &caller, name(path))?;
     let closing = head.extensions.get::<Closing>().map(|closing| closing.0.clone()).unwrap_or_default();
     let segments: Vec<&str> = ask.path.iter().map(String::as_str).collect();
     match segments[..] {

@@ -7,6 +7,7 @@
 mod access_keys;
 mod arn;
 mod artifact;
+mod authorization;
 mod caller;
 mod client_tokens;
 mod dispatch;
@@ -15,6 +16,9 @@ mod images;
 mod model_shapes;
 mod operations;
 mod pages;
+mod quotas;
+mod rates;
+mod replays;
 mod reply;
 mod routes;
 mod s3;
@@ -34,6 +38,8 @@ use token::KeyRing;
 use tokio::sync::Semaphore;
 
 pub use access_keys::{AccessKey, AccessKeys, AccessKeysError};
+pub use caller::Role;
+pub use rates::Rates;
 pub use serve::serve;
 
 /// What the API is told.
@@ -55,6 +61,10 @@ pub struct ApiConfig {
     pub prices: Prices,
     /// The least maxIdleDurationSeconds; AWS: 60 s.
     pub least_idle: Duration,
+    /// Baseline memory that microVMs (not TERMINATED) and builds may have together; MiB.
+    pub max_memory_mib: u64,
+    /// How often one access key may call.
+    pub rates: Rates,
     /// API requests worked on at a time; more wait their turn within `request_timeout`.
     pub max_concurrent_requests: usize,
     /// How long one API request may take (S3 uploads and downloads are not bounded by it).
@@ -120,6 +130,9 @@ fn route(config: ApiConfig, parts: Parts, metrics: &prometheus::Registry) -> Res
     let front = dispatch::Front {
         s3,
         turns: Arc::new(Semaphore::new(config.max_concurrent_requests.max(1))),
+        bodies: Semaphore::new(config.max_concurrent_requests.max(1)),
+        allowances: rates::Allowances::new(config.rates),
+        replays: replays::Replays::default(),
         request_timeout: config.request_timeout,
         requests,
         extras: extras::Extras::default(),
@@ -129,6 +142,7 @@ fn route(config: ApiConfig, parts: Parts, metrics: &prometheus::Registry) -> Res
             config,
             parts,
             client_tokens,
+            memory: quotas::MemoryQuota::default(),
             tag_changes: tokio::sync::Mutex::default(),
         }),
     };

@@ -41,6 +41,7 @@ use crate::{
     caller::Caller,
     client_tokens::ClientTokens,
     extras::log_names::{LogName, LogNames},
+    quotas::MemoryQuota,
     reply::{Answer, ApiError, ErrorKind},
     routes::Operation,
 };
@@ -51,6 +52,7 @@ pub(crate) struct Api {
     pub(crate) place: Place,
     pub(crate) parts: Parts,
     pub(crate) client_tokens: ClientTokens,
+    pub(crate) memory: MemoryQuota,
     /// Held while tags are read, changed and written.
     pub(crate) tag_changes: tokio::sync::Mutex<()>,
     pub(crate) log_names: Arc<LogNames>,
@@ -60,7 +62,7 @@ pub(crate) struct Api {
 pub(crate) async fn call(api: &Api, caller: &Caller, operation: Operation, input: Value) -> Result<Answer, ApiError> {
     match operation {
         Operation::RunMicrovm => run_microvm::call(api, caller, input).await,
-        Operation::ListMicrovms => list_microvms::call(api, input),
+        Operation::ListMicrovms => list_microvms::call(api, caller, input),
         Operation::GetMicrovm => get_microvm::call(api, input),
         Operation::TerminateMicrovm => terminate_microvm::call(api, input).await,
         Operation::SuspendMicrovm => suspend_microvm::call(api, input).await,
@@ -113,6 +115,13 @@ fn named_microvm(api: &Api, input: Value) -> Result<MicrovmHandle, ApiError> {
 /// The name of a microVM's log; `None` if it has none.
 pub(crate) fn log_name(view: &MicrovmView) -> Option<LogName> {
     LogName::of(view, microvm_body::Remembered::of(view).logging.as_ref())
+}
+
+/// The baseline memory that a microVM was run with.
+pub(crate) fn microvm_memory_mib(api: &Api, view: &MicrovmView) -> u32 {
+    let remembered = microvm_body::Remembered::of(view).memory_mib;
+    // One of before this was recorded: its image is there as long as it is.
+    remembered.or_else(|| api.parts.images.find(&view.image, view.version).map(|record| record.memory.mib())).unwrap_or_default()
 }
 
 /// AWS's words for changing what has ended (aws-behaviour §3.4).

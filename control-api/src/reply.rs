@@ -2,7 +2,7 @@
 //!
 //! Owns: the error types with their status codes and body members. The only place that turns either into HTTP.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::{
     body::Body,
@@ -67,15 +67,22 @@ pub(crate) struct ApiError {
     pub(crate) kind: ErrorKind,
     /// AWS refuses some things with a null message.
     pub(crate) message: Option<String>,
+    /// Whole seconds; said to those who are throttled, and for faults of ours.
+    pub(crate) retry_after: Duration,
 }
 
 impl ApiError {
     pub(crate) fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, message: Some(message.into()) }
+        Self { kind, message: Some(message.into()), retry_after: Duration::from_secs(1) }
     }
 
     pub(crate) fn silent(kind: ErrorKind) -> Self {
-        Self { kind, message: None }
+        Self { message: None, ..Self::new(kind, "") }
+    }
+
+    /// The same, to be tried again after `retry_after`, whole seconds.
+    pub(crate) fn after(self, retry_after: Duration) -> Self {
+        Self { retry_after, ..self }
     }
 
     pub(crate) fn validation(message: impl Into<String>) -> Self {
@@ -126,7 +133,7 @@ impl IntoResponse for ApiError {
         response.headers_mut().insert("x-amzn-errortype", HeaderValue::from_static(name));
         response.headers_mut().insert("x-dormouse-reason", HeaderValue::from_static(reason));
         if matches!(self.kind, ErrorKind::Throttling | ErrorKind::TooManyRequests | ErrorKind::Internal) {
-            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(self.retry_after.as_secs()));
         }
         response
     }
@@ -185,8 +192,6 @@ pub(crate) fn timestamp(time: SystemTime) -> Value {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     #[tokio::test]

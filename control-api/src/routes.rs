@@ -138,6 +138,11 @@ impl Operation {
         matches!(self, Op::ListTags | Op::TagResource | Op::UntagResource)
     }
 
+    /// Whether it changes something or gives out a token: then a request that was overheard must not work a second time.
+    pub(crate) fn acts(self) -> bool {
+        !self.name().starts_with("Get") && !self.name().starts_with("List")
+    }
+
     /// Whether members of its input come in the body.
     fn reads_body(self) -> bool {
         matches!(self, Op::RunMicrovm | Op::CreateMicrovmAuthToken | Op::CreateMicrovmShellAuthToken | Op::CreateMicrovmImage | Op::TagResource)

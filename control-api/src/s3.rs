@@ -20,7 +20,7 @@ use s3s::{
 };
 use s3s_fs::FileSystem;
 
-use crate::{AccessKeys, OpenError};
+use crate::{AccessKeys, OpenError, Role};
 
 /// The endpoint. Cheap to clone.
 #[derive(Clone)]
@@ -37,8 +37,8 @@ impl S3Auth for Keys {
     }
 }
 
-/// Who signed may do everything, with keys that are file names.
-struct PlainKeys;
+/// Admins and operators may do everything, with keys that are file names; nobody else has business with the code of images.
+struct PlainKeys(AccessKeys);
 
 fn plain(key: &str) -> S3Result<()> {
     let whole = key.strip_suffix('/').unwrap_or(key);
@@ -58,8 +58,12 @@ fn plain_source(source: &CopySource) -> S3Result<()> {
 #[async_trait::async_trait]
 impl S3Access for PlainKeys {
     async fn check(&self, context: &mut S3AccessContext<'_>) -> S3Result<()> {
-        if context.credentials().is_none() {
+        let Some(credentials) = context.credentials() else {
             return Err(s3_error!(AccessDenied, "Signature is required"));
+        };
+        let caller = self.0.caller(&credentials.access_key);
+        if !caller.is_some_and(|caller| matches!(caller.role, Some(Role::Admin | Role::Operator))) {
+            return Err(s3_error!(AccessDenied, "Access Denied: this access key has neither the role admin nor operator"));
         }
         match context.s3_path() {
             S3Path::Object { key, .. } => plain(key),
@@ -87,8 +91,8 @@ impl S3Endpoint {
         std::fs::create_dir_all(dir).map_err(|cause| error("making", Box::new(cause)))?;
         let store = FileSystem::new(dir).map_err(|cause| error("opening", format!("{cause:?}").into()))?;
         let mut builder = S3ServiceBuilder::new(store);
-        builder.set_auth(Keys(keys));
-        builder.set_access(PlainKeys);
+        builder.set_auth(Keys(keys.clone()));
+        builder.set_access(PlainKeys(keys));
         Ok(Self { service: builder.build() })
     }
 

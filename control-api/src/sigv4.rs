@@ -21,8 +21,8 @@ use crate::reply::{ApiError, ErrorKind};
 const ALGORITHM: &str = "AWS4-HMAC-SHA256";
 const UNSIGNED: &str = "UNSIGNED-PAYLOAD";
 const BASIC_DATE: &[BorrowedFormatItem<'_>] = format_description!("[year][month][day]T[hour][minute][second]Z");
-/// How far the caller's clock may be from ours, either way.
-const MAX_SKEW: Duration = Duration::from_secs(15 * 60);
+/// How far the caller's clock may be from ours, either way. AWS's for all services but S3.
+pub(crate) const MAX_SKEW: Duration = Duration::from_secs(5 * 60);
 /// AWS's longest life of a presigned URL: seven days.
 const MAX_EXPIRES_SECS: u64 = 604_800;
 
@@ -36,7 +36,6 @@ pub(crate) struct Signed<'a> {
     pub(crate) headers: &'a HeaderMap,
     /// The authority of the request line or `:authority`, which HTTP/2 clients send instead of Host.
     pub(crate) authority: Option<&'a str>,
-    pub(crate) body: &'a [u8],
 }
 
 /// What a signature must fit.
@@ -67,8 +66,38 @@ pub(crate) fn claimed_service(headers: &HeaderMap, query: &str) -> Option<String
     credential.split('/').nth(3).map(str::to_owned)
 }
 
-/// The access key id that signed the request, or what AWS would say.
-pub(crate) fn verify(request: &Signed<'_>, expected: &Expected<'_>) -> Result<String, ApiError> {
+/// A request whose header is in order, as far as that can be known without its body: it names a key that there is, for
+/// this service, at this time. If the header says what the body's hash is, the signature was found good as well.
+pub(crate) struct Pending {
+    id: String,
+    secret: String,
+    claimed: Claimed,
+    scope: [String; 3],
+    /// The canonical request up to the hash of the body.
+    canonical: Vec<u8>,
+    body: BodyHash,
+}
+
+/// What the header says of the body.
+enum BodyHash {
+    Untold,
+    Told([u8; 32]),
+    /// Only of a presigned URL, whose maker does not know the body.
+    Open,
+}
+
+/// A request that was signed by the holder of a key.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Verified {
+    /// The access key id.
+    pub(crate) id: String,
+    pub(crate) signature: [u8; 32],
+    /// The signature stands in the URL, which may be used until it expires.
+    pub(crate) presigned: bool,
+}
+
+/// Checks all that the header shows, or says what AWS would say.
+pub(crate) fn begin(request: &Signed<'_>, expected: &Expected<'_>) -> Result<Pending, ApiError> {
     let claimed = claim(request)?;
     let [id, scope_date, region, service, terminator] = scope(&claimed.credential)?;
     let mut wrong = String::new();
@@ -97,12 +126,42 @@ pub(crate) fn verify(request: &Signed<'_>, expected: &Expected<'_>) -> Result<St
         // This node gives out no temporary credentials, so no session token can be right.
         return Err(unrecognized());
     }
-    let canonical = canonical::request(request, &claimed.signed_headers, &payload_hash(request, claimed.expires.is_some())?)
-        .map_err(|missing| incomplete(&missing))?;
-    let scope = format!("{scope_date}/{region}/{service}/aws4_request");
-    let to_sign = format!("{ALGORITHM}\n{}\n{scope}\n{}", claimed.date, hex::encode(Sha256::digest(&canonical)));
-    let signature = hex::encode(sign(&secret, scope_date, region, service, &to_sign));
-    if bool::from(signature.as_bytes().ct_eq(claimed.signature.as_bytes())) { Ok(id.to_owned()) } else { Err(mismatch()) }
+    let body = told_hash(request, claimed.expires.is_some())?;
+    let canonical = canonical::head(request, &claimed.signed_headers).map_err(|missing| incomplete(&missing))?;
+    let scope = [scope_date, region, service].map(str::to_owned);
+    let pending = Pending { id: id.to_owned(), secret, scope, canonical, body, claimed };
+    match &pending.body {
+        BodyHash::Told(hash) => pending.check(&hex::encode(hash))?,
+        BodyHash::Open => pending.check(UNSIGNED)?,
+        BodyHash::Untold => {}
+    }
+    Ok(pending)
+}
+
+impl Pending {
+    /// Checks what is left once the body is there.
+    pub(crate) fn finish(self, body: &[u8]) -> Result<Verified, ApiError> {
+        let hash: [u8; 32] = Sha256::digest(body).into();
+        match &self.body {
+            BodyHash::Told(told) if *told == hash => {}
+            BodyHash::Told(_) => return Err(invalid("The value of x-amz-content-sha256 is not the SHA-256 of the body.")),
+            BodyHash::Open => {}
+            BodyHash::Untold => self.check(&hex::encode(hash))?,
+        }
+        let mut signature = [0; 32];
+        hex::decode_to_slice(&self.claimed.signature, &mut signature).map_err(|_| mismatch())?;
+        Ok(Verified { id: self.id, signature, presigned: self.claimed.expires.is_some() })
+    }
+
+    fn check(&self, payload_hash: &str) -> Result<(), ApiError> {
+        let [date, region, service] = &self.scope;
+        let mut canonical = Sha256::new_with_prefix(&self.canonical);
+        canonical.update(payload_hash);
+        let canonical = hex::encode(canonical.finalize());
+        let to_sign = format!("{ALGORITHM}\n{}\n{date}/{region}/{service}/aws4_request\n{canonical}", self.claimed.date);
+        let signature = hex::encode(sign(&self.secret, date, region, service, &to_sign));
+        if bool::from(signature.as_bytes().ct_eq(self.claimed.signature.as_bytes())) { Ok(()) } else { Err(mismatch()) }
+    }
 }
 
 fn sign(secret: &str, date: &str, region: &str, service: &str, to_sign: &str) -> [u8; 32] {
@@ -207,7 +266,7 @@ fn check_time(claimed: &Claimed, now: SystemTime) -> Result<(), ApiError> {
     let shown = |time: OffsetDateTime| time.format(BASIC_DATE).unwrap_or_default();
     if date > now + MAX_SKEW {
         return Err(invalid(&format!(
-            "Signature not yet current: {} is still later than {} ({} + 15 min.)",
+            "Signature not yet current: {} is still later than {} ({} + 5 min.)",
             claimed.date,
             shown(now + MAX_SKEW),
             shown(now)
@@ -218,8 +277,10 @@ fn check_time(claimed: &Claimed, now: SystemTime) -> Result<(), ApiError> {
         None => date + MAX_SKEW < now,
     };
     if expired {
-        let rule = if claimed.expires.is_some() { "X-Amz-Expires" } else { "15 min." };
-        return Err(invalid(&format!("Signature expired: {} is now earlier than {} by more than {rule}", claimed.date, shown(now))));
+        return Err(invalid(&match claimed.expires {
+            Some(expires) => format!("Signature expired: {} is now earlier than {} by more than its X-Amz-Expires of {expires} seconds", claimed.date, shown(now)),
+            None => format!("Signature expired: {} is now earlier than {} ({} - 5 min.)", claimed.date, shown(now - MAX_SKEW), shown(now)),
+        }));
     }
     Ok(())
 }
@@ -228,15 +289,24 @@ fn security_token(request: &Signed<'_>) -> bool {
     request.headers.contains_key("x-amz-security-token") || canonical::query_value(request.query, "X-Amz-Security-Token").is_some()
 }
 
-/// The hash that was signed: that of the body, whatever the client says it is. Only a presigned URL, whose maker does
-/// not know the body, may leave it open.
-fn payload_hash(request: &Signed<'_>, presigned: bool) -> Result<String, ApiError> {
-    let hash = hex::encode(Sha256::digest(request.body));
-    match request.headers.get("x-amz-content-sha256").map(|told| told.as_bytes()) {
-        None => Ok(hash),
-        Some(told) if told == hash.as_bytes() => Ok(hash),
-        Some(told) if presigned && told == UNSIGNED.as_bytes() => Ok(UNSIGNED.to_owned()),
-        Some(_) => Err(invalid("The value of x-amz-content-sha256 is not the SHA-256 of the body.")),
+/// What the header says that the body's hash is. Only a presigned URL may leave it open; bodies in signed pieces are S3's.
+fn told_hash(request: &Signed<'_>, presigned: bool) -> Result<BodyHash, ApiError> {
+    let mut told = request.headers.get_all("x-amz-content-sha256").iter();
+    let (Some(hash), None) = (told.next(), told.next()) else {
+        return if request.headers.contains_key("x-amz-content-sha256") {
+            Err(incomplete("The request has more than one x-amz-content-sha256 header."))
+        } else {
+            Ok(BodyHash::Untold)
+        };
+    };
+    if hash.as_bytes() == UNSIGNED.as_bytes() {
+        return if presigned { Ok(BodyHash::Open) } else { Err(invalid("A request that is signed in its header must sign its body; UNSIGNED-PAYLOAD is not taken.")) };
+    }
+    let mut bytes = [0; 32];
+    let lower_case = !hash.as_bytes().iter().any(u8::is_ascii_uppercase);
+    match hex::decode_to_slice(hash.as_bytes(), &mut bytes) {
+        Ok(()) if lower_case => Ok(BodyHash::Told(bytes)),
+        _ => Err(invalid("The value of x-amz-content-sha256 is not the SHA-256 of the body.")),
     }
 }
 

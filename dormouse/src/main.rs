@@ -1,6 +1,7 @@
 //! The binary: the one place that knows every piece.
 
 mod admin;
+mod api_settings;
 mod doctor;
 mod env;
 mod files;

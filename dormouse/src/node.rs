@@ -28,6 +28,7 @@ use vmm_runtime::{
 };
 
 use crate::{
+    api_settings,
     admin::{Admin, Readiness},
     doctor,
     env::{self, NodeFile},
@@ -152,6 +153,7 @@ async fn run(place: Place<'_>, predecessor: Option<Predecessor>, held: &mut Opti
 
     let keys = KeyRing::open_or_create(&data_dir.join("token-keys.json"))?;
     let access_keys = AccessKeys::open_or_create(&credentials_file(data_dir))?;
+    access_keys.set_roles(api_settings::roles(&config.api.keys));
     let certificate = pki::certificate(data_dir, &config.edge)?;
     let tls = Tls::from(certificate.load()?);
     let engine = open_engine(config, data_dir).await?;
@@ -236,6 +238,8 @@ async fn run(place: Place<'_>, predecessor: Option<Predecessor>, held: &mut Opti
                 storage_gb_hour: config.prices.storage_gb_hour,
                 transfer_gb: config.prices.transfer_gb,
             },
+            max_memory_mib: config.lifecycle.max_memory_mib,
+            rates: api_settings::rates(&config.api.rates),
             least_idle: config.lifecycle.least_idle,
             max_concurrent_requests: ApiConfig::DEFAULT_MAX_CONCURRENT_REQUESTS,
             request_timeout: ApiConfig::DEFAULT_REQUEST_TIMEOUT,
@@ -388,16 +392,27 @@ fn reloads(place: Place<'_>, metrics: &prometheus::Registry, certificate: pki::C
         Ok(())
     });
     reloads.add("token-keys", vec![place.data_dir.join("token-keys.json")], move || Ok(keys.reload()?));
-    reloads.add("access-keys", vec![credentials_file(place.data_dir)], move || Ok(access_keys.reload()?));
+    let (credentials, config_file) = (credentials_file(place.data_dir), place.config_file.map(Path::to_owned));
+    let files = [Some(credentials), config_file.clone()].into_iter().flatten().collect();
+    reloads.add("access-keys", files, move || {
+        // The keys first: one that was taken out is gone also if the configuration is wrong just now.
+        let keys = access_keys.reload();
+        if let Some(file) = &config_file {
+            access_keys.set_roles(api_settings::roles(&Config::load(Some(file))?.api.keys));
+        }
+        Ok(keys?)
+    });
     if let Some(file) = place.config_file {
         let (mut running, file) = (place.config.clone(), file.to_owned());
         reloads.add("limits", vec![file.clone()], move || {
             let fresh = Config::load(Some(&file))?;
             limits.replace(fresh.edge.limits.clone());
             running.edge.limits.clone_from(&fresh.edge.limits);
+            // Read again with the access keys.
+            running.api.keys.clone_from(&fresh.api.keys);
             running.node.data_dir.clone_from(&fresh.node.data_dir);
             if running != fresh {
-                tracing::warn!(file = %file.display(), "other settings than the limits of [edge] have changed too; they take effect at the next start or upgrade");
+                tracing::warn!(file = %file.display(), "other settings than the limits of [edge] and [[api.keys]] have changed too; they take effect at the next start or upgrade");
             }
             Ok(())
         });

@@ -60,7 +60,7 @@ class Node:
     """Start it with `with Node(dir) as node:`; leaving the block ends its microVMs and checks that nothing is left."""
 
     # As loud as an operator can make it, so that the search for leaked tokens in the log has something to search.
-    def __init__(self, directory, *, edge=ANY, api=ANY, admin=ANY, edge_settings="", log='filter = "debug"\n', more=""):
+    def __init__(self, directory, *, edge=ANY, api=ANY, admin=ANY, edge_settings="", api_settings="", log='filter = "debug"\n', more=""):
         self.directory = Path(directory).resolve()
         self.data_dir = self.directory / "data"
         self.config = self.directory / "dormouse.toml"
@@ -70,7 +70,7 @@ class Node:
         self.directory.mkdir(parents=True, exist_ok=True)
         self.config.write_text(
             f'[edge]\nlisten = "{edge}"\n{edge_settings}\n'
-            f'[api]\nlisten = "{api}"\n'
+            f'[api]\nlisten = "{api}"\n{api_settings}\n'
             f'[admin]\nlisten = "{admin}"\n'
             # AWS takes nothing under a minute; a test that waits a minute is not run.
             "[lifecycle]\nleast_idle_secs = 1\n"
@@ -221,18 +221,22 @@ class Node:
         """A boto3 client that was told nothing but the variables of `dormouse env`."""
         key = (service, *sorted(config.items()))
         if key not in self._clients:
-            saved = dict(os.environ)
-            try:
-                for name in [name for name in os.environ if name.startswith("AWS_")]:
-                    del os.environ[name]
-                os.environ.update(self.environment)
-                # No second attempts: a client that tries again would hide what the node answered first.
-                settings = Config(retries={"total_max_attempts": 1}, max_pool_connections=64, **config)
-                self._clients[key] = boto3.session.Session().client(service, config=settings)
-            finally:
-                os.environ.clear()
-                os.environ.update(saved)
+            self._clients[key] = self.fresh_client(service, **config)
         return self._clients[key]
+
+    def fresh_client(self, service="lambda-microvms", *, key=None, **config):
+        """The same, shared with nobody; `key`: an access key id and its secret instead of the node's first."""
+        # No second attempts: a client that tries again would hide what the node answered first.
+        settings = Config(**{"retries": {"total_max_attempts": 1}, "max_pool_connections": 64} | config)
+        saved = dict(os.environ)
+        try:
+            for name in [name for name in os.environ if name.startswith("AWS_")]:
+                del os.environ[name]
+            os.environ.update(self.environment)
+            return boto3.session.Session(*key or ()).client(service, config=settings)
+        finally:
+            os.environ.clear()
+            os.environ.update(saved)
 
     def signed(self, path, *, service="lambda", **parameters):
         """A GET of the node's own API, signed as AWS's operations are (not at all, without a service); an open answer."""

@@ -115,6 +115,8 @@ async fn create(api: &Api, caller: &Caller, parsed: Input, mut input: Value) -> 
         tags,
         request: serde_json::to_value(remembered).map_err(|cause| ApiError::internal("writing down a request", &cause))?,
     };
+    // Held until the catalog shows the build, which then is in the sum.
+    let _memory = api.memory.admit(api, memory.mib())?;
     match api.parts.images.create(request).await {
         Ok(record) => Ok(Answer::created(image_body::created(api, &record))),
         Err(taken @ CatalogError::NameTaken(_)) => Err(ApiError::validation(taken.to_string())),

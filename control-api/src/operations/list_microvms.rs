@@ -10,6 +10,7 @@ use serde_json::Value;
 use super::{Api, microvm_body, read};
 use crate::{
     arn::Wording,
+    caller::Caller,
     pages::{self, PageRequest},
     reply::{Answer, ApiError},
     routes::Operation,
@@ -24,14 +25,14 @@ struct Input {
     image_version: Option<String>,
 }
 
-pub(super) fn call(api: &Api, input: Value) -> Result<Answer, ApiError> {
+pub(super) fn call(api: &Api, caller: &Caller, input: Value) -> Result<Answer, ApiError> {
     let input: Input = read(input)?;
     let image = input.image_identifier.map(|identifier| api.place.image_name(&identifier, Wording::Run)).transpose()?;
     let version = match &input.image_version {
         Some(text) => Some(text.parse::<ImageVersion>().map_err(|error| ApiError::validation(error.to_string()))?),
         None => None,
     };
-    let wanted = |view: &MicrovmView| image.as_ref().is_none_or(|image| view.image == *image) && version.is_none_or(|version| view.version == version);
+    let wanted = |view: &MicrovmView| caller.sees(&view.image) && image.as_ref().is_none_or(|image| view.image == *image) && version.is_none_or(|version| view.version == version);
     let filters = [image.as_ref().map_or("", |image| image.as_str()), &version.map(|version| version.to_string()).unwrap_or_default()];
     let views = api.parts.controller.list().into_iter().filter(wanted);
     pages::page(Operation::ListMicrovms, &filters, views.map(|view| (newest_first(&view), microvm_body::item(api, &view))).collect(), &input.page)

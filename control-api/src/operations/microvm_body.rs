@@ -19,6 +19,8 @@ pub(super) struct Remembered {
     /// The access key id that asked for it: client tokens are its own.
     pub(super) by: Option<String>,
     pub(super) kms_key_identifier: Option<String>,
+    /// Baseline memory of its image version.
+    pub(super) memory_mib: Option<u32>,
 }
 
 impl Remembered {

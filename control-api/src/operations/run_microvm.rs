@@ -71,6 +71,8 @@ async fn run(api: &Api, caller: &Caller, input: Input) -> Result<Answer, ApiErro
         return Err(ApiError::validation("runHookPayload was given, but the run hook must be enabled in the MicroVM image to receive it"));
     }
     let (image, image_dir) = image(api, &input.image_identifier, input.image_version.as_deref())?;
+    // Held until the controller shows the microVM, which then is in the sum.
+    let _memory = api.memory.admit(api, image.memory.mib())?;
     let remembered = Remembered {
         execution_role_arn: input.execution_role_arn,
         ingress_network_connectors: ingress,
@@ -79,6 +81,7 @@ async fn run(api: &Api, caller: &Caller, input: Input) -> Result<Answer, ApiErro
         client_token: input.client_token,
         by: Some(caller.key.clone()),
         kms_key_identifier: input.kms_key_identifier,
+        memory_mib: Some(image.memory.mib()),
     };
     let spec = RunSpec {
         keep_output: remembered.logging.as_ref().is_none_or(log_names::keeps_output),

@@ -10,8 +10,8 @@ use super::Signed;
 /// Everything but the unreserved characters of RFC 3986.
 const RESERVED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~');
 
-/// The canonical request as bytes (header values need not be text), or what the request lacks.
-pub(super) fn request(request: &Signed<'_>, signed_headers: &str, payload_hash: &str) -> Result<Vec<u8>, String> {
+/// The canonical request up to the hash of the body, as bytes (header values need not be text), or what the request lacks.
+pub(super) fn head(request: &Signed<'_>, signed_headers: &str) -> Result<Vec<u8>, String> {
     let mut out = Vec::with_capacity(512);
     for line in [request.method, &path(request.path), &query(request.query)] {
         out.extend_from_slice(line.as_bytes());
@@ -21,7 +21,6 @@ pub(super) fn request(request: &Signed<'_>, signed_headers: &str, payload_hash: 
     out.push(b'\n');
     out.extend_from_slice(signed_headers.as_bytes());
     out.push(b'\n');
-    out.extend_from_slice(payload_hash.as_bytes());
     Ok(out)
 }
 

@@ -4,7 +4,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 
-use super::{Expected, Signed, canonical, claimed_service, verify};
+use super::{Expected, MAX_SKEW, Signed, begin, canonical, claimed_service};
 use crate::reply::ErrorKind;
 
 const ID: &str = "AKIDEXAMPLE";
@@ -50,10 +50,10 @@ fn verify_with(vector: &Vector<'_>, headers: &HeaderMap, service: &str, now: Sys
         query: vector.query,
         headers,
         authority: None,
-        body: vector.body.as_bytes(),
     };
     let secret = |id: &str| (id == ID).then(|| SECRET.to_owned());
-    verify(&request, &Expected { region: "us-east-1", service, now, secret: &secret }).map_err(|error| error.kind)
+    let pending = begin(&request, &Expected { region: "us-east-1", service, now, secret: &secret }).map_err(|error| error.kind)?;
+    pending.finish(vector.body.as_bytes()).map(|verified| verified.id).map_err(|error| error.kind)
 }
 
 fn instant() -> SystemTime {
@@ -143,6 +143,9 @@ fn anything_changed_after_signing_is_refused() {
         ("signature cut", Vector { signature: "c017a19e98290aebebb4e09b55661c2d55a7d94280e50e3c35d52365d218fec", ..run() }),
         ("signature in upper case", Vector { signature: "C017A19E98290AEBEBB4E09B55661C2D55A7D94280E50E3C35D52365D218FEC7", ..run() }),
         ("hash told wrong", Vector { headers: &[("content-type", "application/json"), LOOPBACK, DATE, ("x-amz-content-sha256", "0000")], ..run() }),
+        ("hash of another body", Vector { headers: &[("content-type", "application/json"), LOOPBACK, DATE, ("x-amz-content-sha256", "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855")], ..run() }),
+        ("hash cut off", Vector { headers: &[("content-type", "application/json"), LOOPBACK, DATE, ("x-amz-content-sha256", "e3b0c44298fc1c14")], ..run() }),
+        ("body in signed pieces", Vector { headers: &[("content-type", "application/json"), LOOPBACK, DATE, ("x-amz-content-sha256", "STREAMING-AWS4-HMAC-SHA256-PAYLOAD")], ..run() }),
         ("payload unsigned", Vector { headers: &[("content-type", "application/json"), LOOPBACK, DATE, ("x-amz-content-sha256", "UNSIGNED-PAYLOAD")], ..run() }),
         ("a second before", Vector { headers: &[("content-type", "application/json"), LOOPBACK, ("x-amz-date", "20150830T123559Z")], ..run() }),
     ] {
@@ -159,14 +162,15 @@ fn anything_changed_after_signing_is_refused() {
 }
 
 #[test]
-fn a_signature_holds_for_fifteen_minutes_either_way() {
-    let quarter = Duration::from_secs(15 * 60);
+fn a_signature_holds_for_five_minutes_either_way() {
+    let skew = Duration::from_secs(5 * 60);
+    assert_eq!(MAX_SKEW, skew);
     let second = Duration::from_secs(1);
     for (now, expected) in [
-        (instant() + quarter, Ok(ID.to_owned())),
-        (instant() - quarter, Ok(ID.to_owned())),
-        (instant() + quarter + second, Err(ErrorKind::InvalidSignature)),
-        (instant() - quarter - second, Err(ErrorKind::InvalidSignature)),
+        (instant() + skew, Ok(ID.to_owned())),
+        (instant() - skew, Ok(ID.to_owned())),
+        (instant() + skew + second, Err(ErrorKind::InvalidSignature)),
+        (instant() - skew - second, Err(ErrorKind::InvalidSignature)),
     ] {
         assert_eq!(run().check("lambda", now), expected);
     }
@@ -284,4 +288,28 @@ fn canonical_queries_are_sorted_after_encoding() {
     for (raw, expected) in [("", "/"), ("/", "/"), ("/a/./b/../c//d/", "/a/c/d/"), ("/..", "/"), ("/%3A:", "/%253A%3A")] {
         assert_eq!(canonical::path(raw), expected, "{raw}");
     }
+}
+
+/// Without the body nothing is known of it; with its hash told, the signature is judged before a byte of it is read.
+#[test]
+fn the_header_alone_refuses_what_it_can() {
+    let hash = "01ba4719c80b6fe911b091a7c05124b64eeece964e09c058ef8f9805daca546b";
+    let good = run();
+    let untold = headers(good.headers);
+    let pending = |headers: &HeaderMap, id: &str, now| {
+        let request = Signed { method: good.method, path: good.path, query: "", headers, authority: None };
+        let secret = |known: &str| (known == id).then(|| SECRET.to_owned());
+        begin(&request, &Expected { region: "us-east-1", service: "lambda", now, secret: &secret }).map(|_| ()).map_err(|error| error.kind)
+    };
+    assert_eq!(pending(&untold, ID, instant()), Err(ErrorKind::MissingAuthenticationToken));
+    let mut signed = untold.clone();
+    let authorization = format!("AWS4-HMAC-SHA256 Credential={ID}/20150830/us-east-1/lambda/aws4_request, SignedHeaders={}, Signature=", good.signed_headers);
+    signed.insert("authorization", format!("{authorization}{}", "0".repeat(64)).parse().unwrap());
+    assert_eq!(pending(&signed, ID, instant()), Ok(()), "a signature that only the body could show to be wrong");
+    assert_eq!(pending(&signed, "AKIDOTHER", instant()), Err(ErrorKind::UnrecognizedClient));
+    assert_eq!(pending(&signed, ID, instant() + Duration::from_secs(3_600)), Err(ErrorKind::InvalidSignature));
+    signed.insert("x-amz-content-sha256", hash.parse().unwrap());
+    assert_eq!(pending(&signed, ID, instant()), Err(ErrorKind::InvalidSignature));
+    signed.append("x-amz-content-sha256", hash.parse().unwrap());
+    assert_eq!(pending(&signed, ID, instant()), Err(ErrorKind::IncompleteSignature));
 }

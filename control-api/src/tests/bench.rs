@@ -5,7 +5,7 @@ use std::{
     net::SocketAddr,
     path::PathBuf,
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use async_trait::async_trait;
@@ -16,7 +16,7 @@ use http_body_util::BodyExt as _;
 use hyper_util::rt::TokioIo;
 use idle_controller::{Controller, ControllerConfig};
 use image_builder::{BuildFailure, BuildRequest, BuildState, CatalogError, ImageRecord};
-use model::{ImageName, ImageVersion, Shape, SystemClock};
+use model::{Clock, ImageName, ImageVersion, Shape, SystemClock};
 use parking_lot::Mutex;
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
@@ -26,7 +26,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 use vmm_runtime::loopback::LoopbackEngine;
 
-use crate::{AccessKey, AccessKeys, ApiConfig, Parts, images::Images};
+use crate::{AccessKey, AccessKeys, ApiConfig, Parts, Role, images::Images};
 
 pub(super) const REGION: &str = "us-east-1";
 pub(super) const ACCOUNT: &str = "000000000000";
@@ -115,12 +115,29 @@ impl Images for ScriptedImages {
     }
 }
 
+/// The system's clock, ahead by what a test says.
+#[derive(Clone, Default)]
+struct ShiftedClock(Arc<Mutex<Duration>>);
+
+impl Clock for ShiftedClock {
+    fn now(&self) -> Instant {
+        Instant::now()
+    }
+
+    fn wall(&self) -> SystemTime {
+        SystemTime::now() + *self.0.lock()
+    }
+}
+
 /// A node's API.
 pub(super) struct Bench {
     pub(super) dir: tempfile::TempDir,
     pub(super) address: SocketAddr,
     pub(super) engine: LoopbackEngine,
     pub(super) images: Arc<ScriptedImages>,
+    access_keys: AccessKeys,
+    roles: Mutex<BTreeMap<String, Role>>,
+    clock: ShiftedClock,
     pub(super) controller: Controller,
     pub(super) tokens: KeyRing,
     pub(super) key: AccessKey,
@@ -151,6 +168,7 @@ impl Bench {
             max_microvms: 30,
         };
         let controller = Controller::open(limits, Arc::new(engine.clone()), Arc::new(SystemClock), &metrics).await.unwrap();
+        let clock = ShiftedClock::default();
         let tokens = KeyRing::open_or_create(&dir.path().join("keys.json")).unwrap();
         let access_keys = AccessKeys::open_or_create(&dir.path().join("credentials")).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -171,6 +189,8 @@ impl Bench {
                 transfer_gb: 0.0,
             },
             least_idle: Duration::from_secs(60),
+            max_memory_mib: 1 << 20,
+            rates: crate::Rates::default(),
             max_concurrent_requests: 16,
             request_timeout: Duration::from_secs(20),
         };
@@ -180,12 +200,12 @@ impl Bench {
             images: images.clone(),
             tokens: tokens.clone(),
             access_keys: access_keys.clone(),
-            clock: Arc::new(SystemClock),
+            clock: Arc::new(clock.clone()),
         };
         let router = crate::route(config, parts, &metrics).unwrap();
         let stop = CancellationToken::new();
         tokio::spawn(crate::serve(listener, router, stop.clone(), Duration::from_secs(1)));
-        Self { key: access_keys.first(), dir, address, engine, images, controller, tokens, metrics, stop }
+        Self { key: access_keys.first(), access_keys, roles: Mutex::default(), clock, dir, address, engine, images, controller, tokens, metrics, stop }
     }
 
     /// With an image that microVMs can be run from.
@@ -195,6 +215,32 @@ impl Bench {
         assert_eq!(made.status, 201, "{made:?}");
         bench.images.end(name, None);
         bench
+    }
+
+    /// One more access key, with or without a role.
+    pub(super) fn add_key(&self, name: &str, role: Option<Role>) -> AccessKey {
+        let key = AccessKey { id: format!("AKIA{}", name.to_uppercase()), secret: format!("secret-of-{name}") };
+        let path = self.dir.path().join("credentials");
+        let mut text = std::fs::read_to_string(&path).unwrap();
+        text.push_str(&format!("[{name}]\naws_access_key_id = {}\naws_secret_access_key = {}\n", key.id, key.secret));
+        std::fs::write(&path, text).unwrap();
+        self.access_keys.reload().unwrap();
+        let mut roles = self.roles.lock();
+        roles.extend(role.map(|role| (key.id.clone(), role)));
+        self.access_keys.set_roles(roles.clone());
+        key
+    }
+
+    /// The API's clock goes ahead.
+    pub(super) fn later(&self, by: Duration) {
+        *self.clock.0.lock() += by;
+    }
+
+    /// A call by the holder of another key.
+    pub(super) async fn by(&self, key: &AccessKey, method: &str, target: &str, body: Value) -> Got {
+        let mut call = self.request(method, target, if body.is_null() { Vec::new() } else { body.to_string().into_bytes() }.as_slice());
+        call.key = key.clone();
+        self.send(call.signed(self.address)).await
     }
 
     pub(super) fn request(&self, method: &str, target: &str, body: &[u8]) -> Call {
