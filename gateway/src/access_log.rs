@@ -17,7 +17,7 @@ use std::{
 use idle_controller::WakeReport;
 use model::{MicrovmId, Port};
 use prometheus::IntCounter;
-use serde::{Serialize, Serializer, ser::Error as _};
+use serde::{Serialize, Serializer};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 use crate::{metrics::Protocol, reply::Reason};
@@ -64,38 +64,28 @@ enum Message {
 }
 
 /// What is said of one request.
-#[derive(Serialize)]
 pub(crate) struct Entry<'a> {
     /// When it was over.
-    #[serde(serialize_with = "rfc3339")]
     pub time: OffsetDateTime,
     /// The id that client and app read in `x-amzn-requestid`.
     pub request_id: &'a str,
     /// The client.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub client: Option<SocketAddr>,
     /// The method; `None` for what never became a request.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub method: Option<&'a str>,
     /// What the client speaks.
-    #[serde(serialize_with = "label")]
     pub protocol: Protocol,
     /// The status of the answer; `None` if the client left before one began.
     pub status: Option<u16>,
     /// Why the gateway answered by itself, if it did.
-    #[serde(serialize_with = "word", skip_serializing_if = "Option::is_none")]
     pub reason: Option<Reason>,
     /// The microVM, once the token was found to be for it.
-    #[serde(serialize_with = "shown", skip_serializing_if = "Option::is_none")]
     pub microvm: Option<MicrovmId>,
     /// Its port.
-    #[serde(serialize_with = "number", skip_serializing_if = "Option::is_none")]
     pub port: Option<Port>,
     /// From the whole header to now.
-    #[serde(rename = "duration_ms", serialize_with = "some_millis", skip_serializing_if = "Option::is_none")]
     pub duration: Option<Duration>,
     /// How long of that was a wait for launches and wakes, and for which steps of them.
-    #[serde(flatten)]
     pub wake: Option<Wake<'a>>,
     /// Body bytes from the client.
     pub bytes_in: u64,
@@ -124,6 +114,58 @@ impl<'a> From<&'a WakeReport> for Wake<'a> {
 }
 
 impl Entry<'_> {
+    /// The line, with its end. Written by hand, since it is written for every request: no string in it needs an escape, for
+    /// names are ours and a method is a token (RFC 9110 §9.1).
+    fn line(&self) -> Vec<u8> {
+        let mut line = Vec::with_capacity(512);
+        line.extend_from_slice(b"{\"time\":\"");
+        let time = self.time.replace_nanosecond(self.time.nanosecond() / 1_000_000 * 1_000_000).unwrap_or(self.time);
+        // Writing to memory does not fail, and every year until 9999 has a form.
+        let _ = time.format_into(&mut line, &Rfc3339);
+        text(&mut line, "\",\"request_id\":\"", self.request_id);
+        if let Some(client) = self.client {
+            let _ = write!(line, "\",\"client\":\"{client}");
+        }
+        if let Some(method) = self.method {
+            text(&mut line, "\",\"method\":\"", method);
+        }
+        text(&mut line, "\",\"protocol\":\"", self.protocol.as_str());
+        line.extend_from_slice(b"\",\"status\":");
+        match self.status {
+            Some(status) => number(&mut line, status.into()),
+            None => line.extend_from_slice(b"null"),
+        }
+        if let Some(reason) = self.reason {
+            text(&mut line, ",\"reason\":\"", reason.reply().word);
+            line.push(b'"');
+        }
+        if let Some(microvm) = self.microvm {
+            let _ = write!(line, ",\"microvm\":\"{microvm}\"");
+        }
+        if let Some(port) = self.port {
+            line.extend_from_slice(b",\"port\":");
+            number(&mut line, port.get().into());
+        }
+        if let Some(duration) = self.duration {
+            line.extend_from_slice(b",\"duration_ms\":");
+            millis_into(&mut line, duration);
+        }
+        // Rare enough for the general way. Its fields follow those of the line.
+        if let Some(Ok(wake)) = self.wake.as_ref().map(serde_json::to_vec) {
+            line.push(b',');
+            line.extend_from_slice(&wake[1..wake.len() - 1]);
+        }
+        for (name, count) in [(",\"bytes_in\":", self.bytes_in), (",\"bytes_out\":", self.bytes_out)] {
+            line.extend_from_slice(name.as_bytes());
+            number(&mut line, count);
+        }
+        line.extend_from_slice(if self.reused { b",\"reused\":true" } else { b",\"reused\":false" });
+        line.extend_from_slice(b",\"retries\":");
+        number(&mut line, self.retries.into());
+        line.extend_from_slice(b"}\n");
+        line
+    }
+
     /// Of something that was refused before it became a request.
     pub fn unparsed(request_id: &str, client: Option<SocketAddr>, reason: Reason) -> Entry<'_> {
         Entry {
@@ -161,12 +203,7 @@ impl AccessLog {
 
     /// Says it, or counts that it could not be said.
     pub fn say(&self, entry: &Entry<'_>) {
-        let mut line = Vec::with_capacity(512);
-        // Writing to memory fails for nothing, and no field is a map with keys that JSON has not.
-        if serde_json::to_writer(&mut line, entry).is_err() {
-            return;
-        }
-        line.push(b'\n');
+        let line = entry.line();
         if self.queue.try_send(Message::Line(line)).is_err() {
             self.lost.queue_full.inc();
         }
@@ -261,25 +298,21 @@ fn write(lines: &Receiver<Message>, sink: &mut Sink, unwritten: &IntCounter) {
     }
 }
 
-fn rfc3339<S: Serializer>(time: &OffsetDateTime, serializer: S) -> Result<S::Ok, S::Error> {
-    let time = time.replace_nanosecond(time.nanosecond() / 1_000_000 * 1_000_000).unwrap_or(*time);
-    time.format(&Rfc3339).map_err(S::Error::custom)?.serialize(serializer)
+fn text(line: &mut Vec<u8>, before: &str, text: &str) {
+    line.extend_from_slice(before.as_bytes());
+    line.extend_from_slice(text.as_bytes());
 }
 
-fn label<S: Serializer>(protocol: &Protocol, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.serialize_str(protocol.as_str())
+fn number(line: &mut Vec<u8>, number: u64) {
+    line.extend_from_slice(itoa::Buffer::new().format(number).as_bytes());
 }
 
-fn word<S: Serializer>(reason: &Option<Reason>, serializer: S) -> Result<S::Ok, S::Error> {
-    reason.map(|reason| reason.reply().word).serialize(serializer)
-}
-
-fn shown<S: Serializer>(id: &Option<MicrovmId>, serializer: S) -> Result<S::Ok, S::Error> {
-    id.map(|id| id.to_string()).serialize(serializer)
-}
-
-fn number<S: Serializer>(port: &Option<Port>, serializer: S) -> Result<S::Ok, S::Error> {
-    port.map(Port::get).serialize(serializer)
+/// The same as [`millis`], without the detour over a float.
+fn millis_into(line: &mut Vec<u8>, duration: Duration) {
+    let micros = u64::try_from((duration.as_nanos() + 500) / 1000).unwrap_or(u64::MAX);
+    number(line, micros / 1000);
+    line.push(b'.');
+    line.extend([100, 10, 1].map(|place| b'0' + (micros / place % 10) as u8));
 }
 
 /// Milliseconds with three places.
@@ -289,10 +322,6 @@ fn as_millis(duration: Duration) -> f64 {
 
 fn millis<S: Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_f64(as_millis(*duration))
-}
-
-fn some_millis<S: Serializer>(duration: &Option<Duration>, serializer: S) -> Result<S::Ok, S::Error> {
-    duration.map(as_millis).serialize(serializer)
 }
 
 /// As one object. A step that came twice (two wakes of one request) is there once, with its sum.
@@ -309,7 +338,10 @@ fn steps<S: Serializer>(phases: &&[(&'static str, Duration)], serializer: S) -> 
 
 #[cfg(test)]
 mod tests {
-    use std::io::{BufRead as _, BufReader};
+    use std::{
+        collections::BTreeSet,
+        io::{BufRead as _, BufReader},
+    };
 
     use rustix::fs::{CWD, FileType, Mode, mknodat};
 
@@ -357,6 +389,37 @@ mod tests {
         }
         log.flush().await;
         assert_eq!(std::fs::read_to_string(&file).unwrap().lines().count(), 100);
+    }
+
+    #[test]
+    fn a_line_is_one_json_object_with_every_field() {
+        let report = WakeReport { waited: Duration::from_millis(7), phases: vec![("restore", Duration::from_millis(2))] };
+        let mut entry = Entry {
+            client: Some("[2001:db8::1]:443".parse().unwrap()),
+            method: Some("GET"),
+            status: None,
+            microvm: Some(MicrovmId::random()),
+            port: Some(Port::DEFAULT),
+            duration: Some(Duration::from_nanos(1_234_567_800)),
+            wake: Some(Wake::from(&report)),
+            bytes_in: 1,
+            bytes_out: u64::MAX,
+            reused: true,
+            retries: 3,
+            ..Entry::unparsed("an-id", None, Reason::WakeFailed)
+        };
+        entry.time = OffsetDateTime::UNIX_EPOCH;
+        let line = String::from_utf8(entry.line()).unwrap();
+        assert!(line.ends_with("}\n") && line.matches('\n').count() == 1, "{line}");
+        let expected = serde_json::json!({
+            "time": "1970-01-01T00:00:00Z", "request_id": "an-id", "client": "[2001:db8::1]:443", "method": "GET", "protocol": "h1",
+            "status": null, "reason": "wake-failed", "microvm": entry.microvm.unwrap().to_string(), "port": 8080, "duration_ms": 1234.568,
+            "wake_ms": 7.0, "wake_phases_ms": { "restore": 2.0 }, "bytes_in": 1, "bytes_out": u64::MAX, "reused": true, "retries": 3,
+        });
+        assert_eq!(serde_json::from_str::<serde_json::Value>(&line).unwrap(), expected);
+        let bare: serde_json::Value = serde_json::from_slice(&Entry::unparsed("id", None, Reason::HeaderTimeout).line()).unwrap();
+        let names: BTreeSet<_> = bare.as_object().unwrap().keys().map(String::as_str).collect();
+        assert_eq!(names, BTreeSet::from(["time", "request_id", "protocol", "status", "reason", "bytes_in", "bytes_out", "reused", "retries"]));
     }
 
     #[test]

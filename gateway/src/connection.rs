@@ -13,7 +13,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
     task::{Context, Poll, ready},
     time::Duration,
@@ -23,10 +23,12 @@ use ::config::EdgeLimits;
 use async_trait::async_trait;
 use pingora_core::protocols::{
     ALPN, GetProxyDigest, GetSocketDigest, GetTimingDigest, Peek, Shutdown, SocketDigest, Ssl, TimingDigest, UniqueID, UniqueIDType,
+    http::ServerSession,
     l4::socket::SocketAddr as PingoraAddr,
     raw_connect::ProxyDigest,
     tls::{SslDigest, TlsStream},
 };
+use rustix::net::RecvFlags;
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt, Interest, ReadBuf},
     net::TcpStream,
@@ -45,6 +47,8 @@ const LINGER_IN_ALL: Duration = Duration::from_secs(30);
 /// (RFC 9113 §§6.5, 6.8, 7), to be followed by the reason.
 const EMPTY_SETTINGS: [u8; 9] = [0, 0, 0, 4, 0, 0, 0, 0, 0];
 const GOAWAY_FIXED: [u8; 8] = [0, 0, 0, 0, 0, 0, 0, 0xb];
+/// The longest header of an answer that waits for the answer's first bytes.
+const MAX_HELD: usize = 8 * 1024;
 /// What a client of HTTP/2 sends before anything else (RFC 9113 §3.4).
 const PREFACE_LENGTH: usize = 24;
 
@@ -141,13 +145,22 @@ impl AsyncRead for Socket {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         loop {
             ready!(self.tcp.poll_read_ready(cx))?;
-            match self.tcp.try_read(buf.initialize_unfilled()) {
-                Ok(read) => {
-                    buf.advance(read);
+            let room = buf.initialize_unfilled();
+            let (fits, mut read) = (room.len(), None);
+            let outcome = self.tcp.try_io(Interest::READABLE, || {
+                let length = rustix::net::recv(&*self.tcp, room, RecvFlags::empty())?.0;
+                read = Some(length);
+                // Less than there was room for: that was all of it. Said as WouldBlock, so that the next read waits for the
+                // kernel's word instead of asking in vain. (Zero is the end, which stays readable.)
+                if length > 0 && length < fits { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
+            });
+            match (read, outcome) {
+                (Some(length), _) => {
+                    buf.advance(length);
                     return Poll::Ready(Ok(()));
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => return Poll::Ready(Err(error)),
+                (None, Err(error)) if error.kind() == io::ErrorKind::WouldBlock => {}
+                (None, outcome) => return Poll::Ready(outcome),
             }
         }
     }
@@ -219,6 +232,20 @@ impl GetSocketDigest for Socket {
     fn get_socket_digest(&self) -> Option<Arc<SocketDigest>> {
         Some(self.digest.clone())
     }
+}
+
+/// Writes until nothing is left.
+fn poll_send(left: &mut Vec<u8>, mut write: impl FnMut(&[u8]) -> Poll<io::Result<usize>>) -> Poll<io::Result<()>> {
+    while !left.is_empty() {
+        let written = ready!(write(left))?;
+        if written == 0 {
+            return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+        }
+        left.drain(..written);
+    }
+    // A connection that idles keeps no buffer.
+    *left = Vec::new();
+    Poll::Ready(Ok(()))
 }
 
 /// How far the close of a connection has come.
@@ -311,6 +338,9 @@ pub(crate) struct Guarded {
     preface_left: usize,
     // Why the header awaited in this turn, or the whole connection, is refused.
     refused: Option<(u32, Reason)>,
+    // Whether the next small piece is held back, and what is: the begin of an answer goes out in one piece with what follows.
+    hold_next: AtomicBool,
+    held: Mutex<Vec<u8>>,
     // The client has not taken all that it was sent, or cannot: at the close there is nothing to wait for.
     owed: bool,
     closing: Option<Closing>,
@@ -327,11 +357,16 @@ impl Guarded {
         drop(limits);
         let (alpn, ssl) = (tls.selected_alpn_proto(), tls.get_ssl_digest());
         let preface_left = if multiplexed { PREFACE_LENGTH } else { 0 };
-        Self { tls: Shared(Mutex::new(tls)), alpn, ssl, socket, settings, traffic, turn: AtomicU32::new(turn), metered_turn: turn, meter, body_came: false, deadline, preface_left, refused: None, owed: false, closing: None }
+        Self { tls: Shared(Mutex::new(tls)), alpn, ssl, socket, settings, traffic, turn: AtomicU32::new(turn), metered_turn: turn, meter, body_came: false, deadline, preface_left, refused: None, hold_next: AtomicBool::new(false), held: Mutex::default(), owed: false, closing: None }
     }
 
     /// The connection under a pingora session, if it is HTTP/1.1.
     pub fn of(session: &pingora_proxy::Session) -> Option<&Self> {
+        Self::under(session.as_downstream())
+    }
+
+    /// The same.
+    pub fn under(session: &ServerSession) -> Option<&Self> {
         (**session.stream()?).as_any().downcast_ref()
     }
 
@@ -352,6 +387,19 @@ impl Guarded {
         if !self.turn.load(Ordering::Relaxed).is_multiple_of(2) {
             self.turn.fetch_add(1, Ordering::Relaxed);
         }
+    }
+
+    /// Holds what is written next until something follows it or [`Guarded::poll_release`] is called: an answer's header, which
+    /// would otherwise be a TLS record, a segment and a wake of the client by itself.
+    pub fn hold_next(&self) {
+        self.hold_next.store(true, Ordering::Relaxed);
+    }
+
+    /// Sends what is held, if anything is.
+    pub fn poll_release(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        ready!(self.tls.with(|mut tls| poll_send(&mut held, |bytes| tls.as_mut().poll_write(cx, bytes))))?;
+        Poll::Ready(Ok(()))
     }
 
     /// The client's next bytes, for a tunnel: past pingora, while that waits for the tunnel's end.
@@ -390,6 +438,26 @@ impl Guarded {
             self.refused = Some((self.metered_turn, reason));
         }
         let _ = AsyncWriteExt::shutdown(&mut self).await;
+    }
+
+    /// Sends what is held together with the begin of `buf`; ready with how much of `buf` was taken once nothing is held.
+    fn poll_write_with_held(&mut self, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let held = self.held.get_mut().unwrap_or_else(PoisonError::into_inner);
+        while !held.is_empty() {
+            let written = ready!(Pin::new(&mut self.tls).poll_write_vectored(cx, &[IoSlice::new(held), IoSlice::new(buf)]))?;
+            let of_held = written.min(held.len());
+            held.drain(..of_held);
+            if held.is_empty() {
+                *held = Vec::new();
+            }
+            if written > of_held {
+                return Poll::Ready(Ok(written - of_held));
+            }
+            if written == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+        }
+        Pin::new(&mut self.tls).poll_write(cx, buf)
     }
 
     fn noted<T>(&mut self, outcome: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
@@ -486,11 +554,16 @@ impl AsyncWrite for Guarded {
             }
             return Poll::Ready(Ok(buf.len()));
         }
-        let written = Pin::new(&mut self.tls).poll_write(cx, buf);
+        if std::mem::take(self.hold_next.get_mut()) && buf.len() <= MAX_HELD {
+            self.held.get_mut().unwrap_or_else(PoisonError::into_inner).extend_from_slice(buf);
+            return Poll::Ready(Ok(buf.len()));
+        }
+        let written = self.poll_write_with_held(cx, buf);
         self.noted(written)
     }
 
     fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        ready!(self.poll_release(cx))?;
         let written = Pin::new(&mut self.tls).poll_write_vectored(cx, bufs);
         self.noted(written)
     }
@@ -500,6 +573,8 @@ impl AsyncWrite for Guarded {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let released = self.poll_release(cx);
+        ready!(self.noted(released))?;
         let flushed = Pin::new(&mut self.tls).poll_flush(cx);
         self.noted(flushed)
     }
@@ -519,10 +594,8 @@ impl AsyncWrite for Guarded {
         if closing.deadline.as_mut().poll(cx).is_ready() {
             return Poll::Ready(Ok(()));
         }
-        while !closing.farewell.is_empty() {
-            let written = ready!(Pin::new(&mut this.tls).poll_write(cx, &closing.farewell))?;
-            closing.farewell.drain(..written);
-        }
+        ready!(poll_send(this.held.get_mut().unwrap_or_else(PoisonError::into_inner), |bytes| Pin::new(&mut this.tls).poll_write(cx, bytes)))?;
+        ready!(poll_send(&mut closing.farewell, |bytes| Pin::new(&mut this.tls).poll_write(cx, bytes)))?;
         if closing.tls == TlsEnd::Due {
             ready!(Pin::new(&mut this.tls).poll_shutdown(cx))?;
             closing.tls = TlsEnd::Sent;

@@ -22,6 +22,45 @@ fn is_reserved(name: &str) -> bool {
     name.len() >= PREFIX.len() && name.bytes().zip(PREFIX).all(|(byte, wanted)| byte == *wanted || (byte == b'_' && *wanted == b'-'))
 }
 
+/// Connection options that one request may have.
+const MAX_OPTIONS: usize = 9;
+/// Fields that say something of one connection only, besides those that Connection names (RFC 9110 §7.6.1).
+const HOP_BY_HOP: [HeaderName; 10] = [
+    header::CONNECTION,
+    header::PROXY_AUTHENTICATE,
+    header::PROXY_AUTHORIZATION,
+    header::TE,
+    header::TRAILER,
+    header::TRANSFER_ENCODING,
+    header::UPGRADE,
+    HeaderName::from_static("http2-settings"),
+    HeaderName::from_static("keep-alive"),
+    HeaderName::from_static("proxy-connection"),
+];
+/// Fields that Connection may not take out: what they say is for the app.
+const PROTECTED: [&[u8]; 4] = [b"host", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto"];
+
+/// Connection names a field that it may not name, what cannot be a field, or too many.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct BadConnection;
+
+/// The fields of a request that concern its own connection and not the app's.
+pub(crate) fn of_this_hop(headers: &HeaderMap) -> Result<Vec<HeaderName>, BadConnection> {
+    let options = headers.get_all(header::CONNECTION).iter().flat_map(|value| value.as_bytes().split(|byte| *byte == b','));
+    let mut names: Vec<_> = headers.keys().filter(|name| HOP_BY_HOP.contains(name)).cloned().collect();
+    for (count, option) in options.map(<[u8]>::trim_ascii).filter(|option| !option.is_empty()).enumerate() {
+        if count >= MAX_OPTIONS || PROTECTED.iter().any(|name| option.eq_ignore_ascii_case(name)) {
+            return Err(BadConnection);
+        }
+        // A name is a token (RFC 9110 §5.6.2), or it would not be told apart from a protected one in quotation marks.
+        if !option.iter().all(|byte| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(byte)) {
+            return Err(BadConnection);
+        }
+        names.push(HeaderName::from_bytes(option).map_err(|_| BadConnection)?);
+    }
+    Ok(names)
+}
+
 /// One Cookie field in place of several, as RFC 9113 §8.2.3 asks of whoever takes a request from HTTP/2 to HTTP/1.1;
 /// pingora 0.9.1 does not (its issue #892). `None` where there is nothing to join.
 pub(crate) fn joined_cookie(headers: &HeaderMap) -> Option<HeaderValue> {
@@ -98,6 +137,17 @@ mod tests {
         ] {
             assert_eq!(answer_kind(StatusCode::from_u16(status).unwrap(), &map(fields)), kind, "{status} {fields:?}");
         }
+    }
+
+    #[test]
+    fn what_concerns_one_connection_stays_on_it() {
+        let of = |fields: &[(&'static str, &'static str)]| of_this_hop(&map(fields)).map(|names| names.iter().map(|name| name.as_str().to_owned()).collect::<Vec<_>>());
+        assert_eq!(of(&[("accept", "x"), ("keep-alive", "timeout=5"), ("te", "trailers")]), Ok(vec!["keep-alive".into(), "te".into()]));
+        assert_eq!(of(&[("connection", "close, , X-Own ")]), Ok(vec!["connection".into(), "close".into(), "x-own".into()]));
+        for bad in ["Host", "x-forwarded-for", ":authority", "\"X-Forwarded-For\"", "a b", "1,2,3,4,5,6,7,8,9,10"] {
+            assert_eq!(of(&[("connection", bad)]), Err(BadConnection), "{bad}");
+        }
+        assert!(of(&[("connection", "1,2,3,4,5,6,7,8,9")]).is_ok());
     }
 
     #[test]

@@ -24,6 +24,7 @@ mod context;
 mod descriptors;
 mod drain;
 mod error;
+mod exchange;
 mod framing;
 mod headers;
 mod held;
@@ -68,7 +69,7 @@ use crate::{
     metrics::Metrics,
     neighbourhood::Rate,
     service::Service,
-    upstream::{connector::Peers, links::Links},
+    upstream::{connector::Peers, links::Links, pool::Pool},
 };
 
 /// What a field counts in HTTP/2's measure of a header besides its name and value (RFC 9113 §6.5.2). What is within our own
@@ -86,6 +87,7 @@ pub struct Gateway {
     local_addr: SocketAddr,
     proxy: Arc<HttpProxy<Service>>,
     links: Arc<Links>,
+    pool: Arc<Pool>,
     tls: Tls,
     limits: Limits,
     guard: GuardSettings,
@@ -119,11 +121,12 @@ impl Gateway {
         let metrics = Arc::new(Metrics::register(metrics).map_err(GatewayError::Metrics)?);
         let limits = Limits::new(config.limits);
         let links = Arc::new(Links::new(limits.clone(), metrics.upstream_streams.clone()));
+        let pool = Arc::new(Pool::new(POOL));
         let log = AccessLog::open(&config.access_log, metrics.log_lines_lost.clone())
             .map_err(|source| GatewayError::AccessLog { target: config.access_log, source })?;
         let guard = GuardSettings { limits: limits.clone(), metrics: metrics.clone(), log: log.clone() };
         let proxy = proxy(Service {
-            peers: Peers::new(links.clone(), limits.clone()),
+            peers: Peers::new(links.clone(), pool.clone(), limits.clone()),
             domain_suffix: config.domain_suffix,
             limits: limits.clone(),
             microvms: microvms.into(),
@@ -134,7 +137,7 @@ impl Gateway {
             metrics,
             log: log.clone(),
         });
-        Ok(Self { listener, local_addr, proxy: Arc::new(proxy), links, tls: tls.into(), limits, guard, log })
+        Ok(Self { listener, local_addr, proxy: Arc::new(proxy), links, pool, tls: tls.into(), limits, guard, log })
     }
 
     /// Where it listens.
@@ -150,7 +153,7 @@ impl Gateway {
     /// Serves until `shutdown` fires, then takes nothing new (HTTP/2 clients read GOAWAY, idle connections are closed),
     /// lets what runs finish for at most [`EdgeLimits::grace`], and returns as soon as nothing is left.
     pub async fn serve(self, shutdown: CancellationToken) {
-        self.links.start_sweeping();
+        self.links.start_sweeping(move || self.pool.tidy());
         listener::serve(self.listener, self.proxy, self.tls, self.guard, self.links.drain().clone(), shutdown).await;
         self.links.close().await;
         self.log.flush().await;

@@ -50,7 +50,7 @@ use crate::{
     tally::{Share, Tally},
     upstream::{
         connector::{DialFailure, FailureSlot, Peers, TunnelSlot, Woken},
-        links::{Link, Speaks, Target},
+        links::{Link, Speaks, Target, Use},
         transport::Transport,
         tunnel::{self, Way},
     },
@@ -309,15 +309,86 @@ impl Service {
     }
 
     /// What an app of TLS is asked for: the name that its clients use.
-    fn name_inside(&self, request: &RequestHeader) -> ServerName<'static> {
+    pub(crate) fn name_inside(&self, request: &RequestHeader) -> ServerName<'static> {
         let suffix = &self.domain_suffix;
         let endpoint = Route::of(&request.uri, &request.headers, suffix).endpoint();
         let name = endpoint.and_then(|endpoint| ServerName::try_from(format!("{endpoint}.{suffix}")).ok());
         name.unwrap_or_else(|| ServerName::IpAddress(Ipv4Addr::LOCALHOST.into()))
     }
 
+    /// Where the request goes, once its microVM is awake, and what is spoken there. The begin of a try.
+    pub(crate) async fn target(&self, session: &mut Session, ctx: &mut Context) -> Result<Target> {
+        if ctx.awake.is_none() {
+            match self.wake(session, ctx).await {
+                Ok(()) => {}
+                Err(NotAwake::Refused(reason)) => return Err(Self::fail(ctx, reason)),
+                Err(NotAwake::ClientLeft) => return Err(Self::gone(ctx)),
+            }
+        }
+        let (Some(awake), Some(permit)) = (&ctx.awake, &ctx.permit) else {
+            return Err(Self::fail(ctx, Reason::Internal));
+        };
+        // What is counted of one try does not count for the next.
+        ctx.bytes_in = 0;
+        ctx.interim = 0;
+        let (id, port, generation) = (permit.microvm().id(), permit.port(), awake.generation());
+        let transport = match self.peers.transports().known(id, port) {
+            // The agent speaks no TLS.
+            _ if ctx.speaks == Speaks::Shell => Transport::Plain,
+            Some(transport) => transport,
+            None => {
+                let (microvm, awake) = (permit.microvm().clone(), awake.clone());
+                let name = self.name_inside(session.req_header());
+                let found = tokio::select! {
+                    // In this order: an answer that is there costs no watch. Either arm may be dropped at any await.
+                    biased;
+                    found = self.peers.transports().of(&microvm, &awake, port, || name) => found,
+                    () = client_left(session) => Err(DialFailure::ClientLeft),
+                };
+                match found {
+                    Ok(transport) => transport,
+                    Err(failure) => {
+                        let mut error = Error::new_up(ErrorType::ConnectError);
+                        self.give_up_or_retry(ctx, failure, &mut error);
+                        return Err(error);
+                    }
+                }
+            }
+        };
+        let speaks = match (ctx.speaks, transport) {
+            // An app of TLS has its say.
+            (Speaks::Http1, Transport::Tls { h2: true }) => Speaks::Http2,
+            (speaks, _) => speaks,
+        };
+        let target = Target { microvm: id, port, generation, speaks, transport };
+        ctx.target = Some(target);
+        Ok(target)
+    }
+
+    /// The request has its connection to the app.
+    pub(crate) fn begin_use(&self, session: &mut Session, ctx: &mut Context, link: &Arc<Link>, taken: Use) {
+        ctx.link = Some(taken);
+        let speaks = link.target.speaks;
+        // A connection of HTTP/2 carries other requests too, and is not cut for one of them.
+        let own = (speaks == Speaks::Http1).then(|| link.clone());
+        if let Some(awake) = &ctx.awake
+            && session.is_http2()
+            && !session.as_downstream_mut().is_body_done()
+        {
+            ctx.upload = Some(self.watch_upload(awake.clone(), own, ctx.cut.clone()));
+        }
+        if let (Some(limit), Speaks::Http1) = (self.limits.load().first_byte_deadline, speaks) {
+            let (cut, link) = (ctx.cut.clone(), link.clone());
+            ctx.first_byte = Some(AbortOnDropHandle::new(self.peers.links().watch(async move {
+                tokio::time::sleep(limit).await;
+                let _ = cut.set(Reason::GuestSilent);
+                link.cut();
+            })));
+        }
+    }
+
     /// What follows from a dial that failed. Nothing was sent, so that trying again cannot do anything twice.
-    fn give_up_or_retry(&self, ctx: &mut Context, failure: DialFailure, error: &mut Error) {
+    pub(crate) fn give_up_or_retry(&self, ctx: &mut Context, failure: DialFailure, error: &mut Error) {
         match failure {
             DialFailure::Asleep if ctx.found_asleep < MAX_FOUND_ASLEEP => {
                 ctx.found_asleep += 1;
@@ -354,7 +425,7 @@ impl Service {
         Error::new_down(ErrorType::ConnectionClosed)
     }
 
-    fn fail(ctx: &mut Context, reason: Reason) -> Box<Error> {
+    pub(crate) fn fail(ctx: &mut Context, reason: Reason) -> Box<Error> {
         ctx.reason = Some(reason);
         Error::explain(ErrorType::HTTPStatus(reason.reply().status.as_u16()), reason.reply().word)
     }
@@ -442,7 +513,7 @@ impl ProxyHttp for Service {
             }
         }
         match self.wake(session, ctx).await {
-            Ok(()) => Ok(false),
+            Ok(()) => self.exchange(session, ctx).await,
             Err(NotAwake::Refused(reason)) => {
                 self.refuse(session, ctx, reason, Afterwards::KeepIfClean).await?;
                 Ok(true)
@@ -452,61 +523,22 @@ impl ProxyHttp for Service {
     }
 
     async fn upstream_peer(&self, session: &mut Session, ctx: &mut Context) -> Result<Box<HttpPeer>> {
-        if ctx.awake.is_none() {
-            match self.wake(session, ctx).await {
-                Ok(()) => {}
-                Err(NotAwake::Refused(reason)) => return Err(Self::fail(ctx, reason)),
-                Err(NotAwake::ClientLeft) => return Err(Self::gone(ctx)),
-            }
-        }
+        let target = self.target(session, ctx).await?;
         let (Some(awake), Some(permit)) = (&ctx.awake, &ctx.permit) else {
             return Err(Self::fail(ctx, Reason::Internal));
         };
         ctx.dial_failure = FailureSlot::default();
         ctx.turn = None;
         ctx.tunnel = TunnelSlot::default();
-        // What is counted of one try does not count for the next.
-        ctx.bytes_in = 0;
-        ctx.interim = 0;
-        let (microvm, port) = (permit.microvm().clone(), permit.port());
-        let awake = awake.clone();
-        let transport = match self.peers.transports().known(microvm.id(), port) {
-            // The agent speaks no TLS.
-            _ if ctx.speaks == Speaks::Shell => Transport::Plain,
-            Some(transport) => transport,
-            None => {
-                let name = self.name_inside(session.req_header());
-                let found = tokio::select! {
-                    // In this order: an answer that is there costs no watch. Either arm may be dropped at any await.
-                    biased;
-                    found = self.peers.transports().of(&microvm, &awake, port, || name) => found,
-                    () = client_left(session) => Err(DialFailure::ClientLeft),
-                };
-                match found {
-                    Ok(transport) => transport,
-                    Err(failure) => {
-                        let mut error = Error::new_up(ErrorType::ConnectError);
-                        self.give_up_or_retry(ctx, failure, &mut error);
-                        return Err(error);
-                    }
-                }
-            }
-        };
-        let speaks = match (ctx.speaks, transport) {
-            // An app of TLS has its say.
-            (Speaks::Http1, Transport::Tls { h2: true }) => Speaks::Http2,
-            (speaks, _) => speaks,
-        };
-        let target = Target { microvm: microvm.id(), port, generation: awake.generation(), speaks, transport };
-        ctx.target = Some(target);
-        if speaks == Speaks::Http2 {
+        let (microvm, awake) = (permit.microvm().clone(), awake.clone());
+        if target.speaks == Speaks::Http2 {
             ctx.turn = tokio::select! {
                 biased;
                 turn = self.peers.turns().take(target) => Some(turn),
                 () = client_left(session) => return Err(Self::gone(ctx)),
             };
         }
-        let name = (transport != Transport::Plain).then(|| self.name_inside(session.req_header()));
+        let name = (target.transport != Transport::Plain).then(|| self.name_inside(session.req_header()));
         let client = Guarded::of(session).map(Guarded::socket);
         self.peers.peer(target, name, Woken { microvm: &microvm, awake: &awake }, client, &ctx.dial_failure, &ctx.tunnel).map(Box::new)
     }
@@ -560,23 +592,7 @@ impl ProxyHttp for Service {
             error.set_retry(true);
             return Err(error);
         };
-        ctx.link = Some(taken);
-        // A connection of HTTP/2 carries other requests too, and is not cut for one of them.
-        let own = (wanted.speaks == Speaks::Http1).then(|| link.clone());
-        if let Some(awake) = &ctx.awake
-            && session.is_http2()
-            && !session.as_downstream_mut().is_body_done()
-        {
-            ctx.upload = Some(self.watch_upload(awake.clone(), own, ctx.cut.clone()));
-        }
-        if let (Some(limit), Speaks::Http1) = (self.limits.load().first_byte_deadline, wanted.speaks) {
-            let cut = ctx.cut.clone();
-            ctx.first_byte = Some(AbortOnDropHandle::new(links.watch(async move {
-                tokio::time::sleep(limit).await;
-                let _ = cut.set(Reason::GuestSilent);
-                link.cut();
-            })));
-        }
+        self.begin_use(session, ctx, &link, taken);
         Ok(())
     }
 
@@ -820,7 +836,7 @@ async fn swallow_body(session: &mut Session) -> bool {
 
 /// Ends when the client of a held request is gone, without taking anything out of its connection: the body stays in the
 /// socket meanwhile. pingora itself does not notice while a phase waits.
-async fn client_left(session: &mut Session) {
+pub(crate) async fn client_left(session: &mut Session) {
     let socket = Guarded::of(session).map(Guarded::socket);
     if let Some(socket) = socket {
         if let Err(error) = socket.closed_by_client().await {

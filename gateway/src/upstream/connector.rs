@@ -21,7 +21,8 @@ use vmm_runtime::engine::GuestStream;
 use super::{
     guest_socket::{GuestEnd, GuestSocket},
     h2_headers::{Bounded, Bounds},
-    links::{Asleep, Links, Speaks, Target},
+    links::{Asleep, Links, Speaks, Target, Tied},
+    pool::{Connection, Pool},
     resets::Resets,
     transport::{self, Transports},
     turns::Turns,
@@ -57,9 +58,10 @@ pub(crate) type FailureSlot = Arc<OnceLock<DialFailure>>;
 /// Where a connector leaves its end of a WebSocket's stream.
 pub(crate) type TunnelSlot = Arc<OnceLock<GuestEnd>>;
 
-/// Makes peers.
+/// Makes peers and connections to them.
 pub(crate) struct Peers {
     links: Arc<Links>,
+    pool: Arc<Pool>,
     turns: Arc<Turns>,
     transports: Arc<Transports>,
     keys: RandomState,
@@ -67,9 +69,9 @@ pub(crate) struct Peers {
 }
 
 impl Peers {
-    /// Peers whose connections are tied in `links`.
-    pub fn new(links: Arc<Links>, limits: Limits) -> Self {
-        Self { links, turns: Arc::default(), transports: Arc::new(Transports::new(limits.clone())), keys: RandomState::new(), limits }
+    /// Peers whose connections are tied in `links`, and wait in `pool`.
+    pub fn new(links: Arc<Links>, pool: Arc<Pool>, limits: Limits) -> Self {
+        Self { links, pool, turns: Arc::default(), transports: Arc::new(Transports::new(limits.clone())), keys: RandomState::new(), limits }
     }
 
     /// What is known of the apps.
@@ -85,6 +87,22 @@ impl Peers {
     /// The links of all connections made.
     pub fn links(&self) -> &Arc<Links> {
         &self.links
+    }
+
+    /// Connections of HTTP/1.1 that wait for a request.
+    pub fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
+    /// A new connection of HTTP/1.1. `name` is what an app of TLS is asked for; `None` for one without.
+    pub async fn connection(&self, target: Target, name: Option<ServerName<'static>>, woken: Woken<'_>) -> Result<Connection, DialFailure> {
+        let way = self.way(target, name, woken, self.limits.load().dial_deadline);
+        let tied = way.tie(way.dial().await?);
+        Ok(Connection { link: tied.link().clone(), stream: Box::new(tied) })
+    }
+
+    fn way(&self, target: Target, name: Option<ServerName<'static>>, woken: Woken<'_>, deadline: Duration) -> Way {
+        Way { links: self.links.clone(), transports: self.transports.clone(), target, name, microvm: woken.microvm.clone(), awake: woken.awake.clone(), deadline }
     }
 
     /// The peer of one request. `name` is what an app of TLS is asked for; `None` for one without. `client` is watched while
@@ -103,7 +121,11 @@ impl Peers {
         let options = &mut peer.options;
         options.idle_timeout = Some(limits.upstream_keepalive);
         match target.speaks {
-            Speaks::Http1 => options.http_upstream_request_policy = HttpUpstreamRequestPolicy::deny_upgrades(),
+            Speaks::Http1 => {
+                options.http_upstream_request_policy = HttpUpstreamRequestPolicy::deny_upgrades();
+                // Two pools would mean two connections, and an app that serves one at a time would hang on the second.
+                options.idle_timeout = Some(Duration::ZERO);
+            }
             Speaks::Http2 => {
                 options.set_http_version(2, 2);
                 options.max_h2_streams = STREAMS;
@@ -118,15 +140,9 @@ impl Peers {
             Speaks::Http1 | Speaks::Http2 => self.keys.hash_one(target),
         };
         peer.options.custom_l4 = Some(Arc::new(Connector {
-            links: self.links.clone(),
-            transports: self.transports.clone(),
-            target,
-            name,
-            microvm: woken.microvm.clone(),
-            awake: woken.awake.clone(),
+            way: self.way(target, name, woken, limits.dial_deadline),
             client,
             bounds: Bounds { bytes: limits.max_answer_header_bytes, fields: MAX_FIELDS },
-            deadline: limits.dial_deadline,
             failure: failure.clone(),
             tunnel: tunnel.clone(),
         }));
@@ -140,22 +156,18 @@ pub(crate) struct Woken<'a> {
     pub awake: &'a Arc<Awake>,
 }
 
-/// Dials on behalf of one request.
-struct Connector {
+/// How to reach an app on behalf of one request.
+struct Way {
     links: Arc<Links>,
     transports: Arc<Transports>,
     target: Target,
     name: Option<ServerName<'static>>,
     microvm: MicrovmHandle,
     awake: Arc<Awake>,
-    client: Option<Socket>,
-    bounds: Bounds,
     deadline: Duration,
-    failure: FailureSlot,
-    tunnel: TunnelSlot,
 }
 
-impl Connector {
+impl Way {
     async fn dial(&self) -> Result<GuestStream, DialFailure> {
         let Target { microvm, port, speaks, .. } = self.target;
         if speaks == Speaks::Shell {
@@ -173,13 +185,26 @@ impl Connector {
         Err(DialFailure::Final(failure))
     }
 
-    /// For the time when no request holds the microVM awake.
+    fn tie(&self, guest: GuestStream) -> Tied {
+        self.links.tie(self.target, guest, self.asleep())
+    }
+
     fn asleep(&self) -> Asleep {
         let (microvm, generation) = (self.microvm.clone(), self.target.generation);
         Box::new(move || transport::slept(&microvm, generation))
     }
+}
 
-    /// pingora does not notice while it connects.
+/// What pingora asks for a connection.
+struct Connector {
+    way: Way,
+    client: Option<Socket>,
+    bounds: Bounds,
+    failure: FailureSlot,
+    tunnel: TunnelSlot,
+}
+
+impl Connector {
     async fn client_left(&self) {
         if let Some(client) = &self.client
             && client.closed_by_client().await.is_ok()
@@ -193,7 +218,7 @@ impl Connector {
 
 impl fmt::Debug for Connector {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Connector").field("target", &self.target).finish_non_exhaustive()
+        f.debug_struct("Connector").field("target", &self.way.target).finish_non_exhaustive()
     }
 }
 
@@ -203,22 +228,22 @@ impl L4Connect for Connector {
         let dialled = tokio::select! {
             // In this order: a dial that is done at once costs no watch. Either arm may be dropped at any await.
             biased;
-            dialled = self.dial() => dialled,
+            dialled = self.way.dial() => dialled,
             () = self.client_left() => Err(DialFailure::ClientLeft),
         };
         let stream = match dialled {
-            Ok(stream) if self.target.speaks == Speaks::Http2 => Box::pin(Bounded::new(Box::pin(Resets::new(stream, self.asleep())), self.bounds)),
+            Ok(stream) if self.way.target.speaks == Speaks::Http2 => Box::pin(Bounded::new(Box::pin(Resets::new(stream, self.way.asleep())), self.bounds)),
             Ok(stream) => stream,
             Err(failure) => {
                 let _ = self.failure.set(failure);
-                return Err(Error::explain(ErrorType::ConnectError, format!("dialling {:?}: {failure:?}", self.target)));
+                return Err(Error::explain(ErrorType::ConnectError, format!("dialling {:?}: {failure:?}", self.way.target)));
             }
         };
-        if self.target.speaks.is_tunnel() {
-            let socket = GuestSocket::new(stream, self.awake.clone(), self.links.drain(), self.links.count_open());
+        if self.way.target.speaks.is_tunnel() {
+            let socket = GuestSocket::new(stream, self.way.awake.clone(), self.way.links.drain(), self.way.links.count_open());
             let _ = self.tunnel.set(socket.end());
             return Ok(VirtualSocketStream::new(Box::new(socket)).into());
         }
-        Ok(VirtualSocketStream::new(Box::new(self.links.tie(self.target, stream, self.asleep()))).into())
+        Ok(VirtualSocketStream::new(Box::new(self.way.tie(stream))).into())
     }
 }

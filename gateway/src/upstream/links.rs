@@ -18,11 +18,16 @@ use std::{
     time::{Duration, Instant},
 };
 
+use async_trait::async_trait;
 use dashmap::DashMap;
 use model::{Generation, MicrovmId, Port};
-use pingora_core::protocols::l4::virt::{VirtualSockOpt, VirtualSocket};
+use pingora_core::protocols::{
+    GetProxyDigest, GetSocketDigest, GetTimingDigest, Peek, Shutdown, SocketDigest, Ssl, TimingDigest, UniqueID, UniqueIDType,
+    l4::virt::{VirtualSockOpt, VirtualSocket},
+    raw_connect::ProxyDigest,
+};
 use prometheus::IntGauge;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use vmm_runtime::engine::GuestStream;
 
@@ -130,6 +135,19 @@ impl Link {
         let number = state.uses;
         drop(state);
         Some(Use { link: self.clone(), number })
+    }
+
+    /// Takes it for the next request; `None` if it has been cut, or if its guest has closed it or spoken on it unasked.
+    pub fn take_up_idle(self: &Arc<Self>) -> Option<Use> {
+        let mut byte = [0];
+        // No waker of anybody's is lost: nobody waits for it while it idles.
+        let said = self.state().guest.as_mut()?.0.as_mut().poll_read(&mut Context::from_waker(Waker::noop()), &mut ReadBuf::new(&mut byte));
+        if said.is_pending() { self.take_up() } else { None }
+    }
+
+    /// Whether it leads nowhere any more.
+    pub fn has_ended(&self) -> bool {
+        self.state().guest.is_none()
     }
 
     /// Says the end in order, if that can be said at once. A sleeper is not woken for it (TLS has a word of its own for the
@@ -262,14 +280,15 @@ impl Links {
         })
     }
 
-    /// Ends idle streams from now on, until the gateway ends.
-    pub fn start_sweeping(self: &Arc<Self>) {
+    /// Ends idle streams from now on, until the gateway ends; `then` is called after each look.
+    pub fn start_sweeping(self: &Arc<Self>, then: impl Fn() + Send + 'static) {
         let links = Arc::downgrade(self);
         self.watch(async move {
             loop {
                 tokio::time::sleep(SWEEP).await;
                 let Some(links) = links.upgrade() else { return };
                 links.sweep();
+                then();
             }
         });
     }
@@ -291,7 +310,7 @@ impl Links {
     }
 }
 
-/// pingora's end of a stream.
+/// The gateway's end of a stream, in the hands of one of pingora's HTTP sessions or of a pool.
 #[derive(Debug)]
 pub(crate) struct Tied {
     link: Arc<Link>,
@@ -312,6 +331,11 @@ fn keep(place: &mut Option<Waker>, cx: &Context<'_>) {
 }
 
 impl Tied {
+    /// Its record.
+    pub fn link(&self) -> &Arc<Link> {
+        &self.link
+    }
+
     fn poll_write_side<T>(&self, cx: &mut Context<'_>, poll: impl FnOnce(Pin<&mut GuestStream>, &mut Context<'_>) -> Poll<io::Result<T>>) -> Poll<io::Result<T>> {
         let mut state = self.link.state();
         // What a connection without a request has to say (HTTP/2 says good-bye) is not worth a wake.
@@ -372,6 +396,41 @@ impl VirtualSocket for Tied {
     }
 }
 
+// What pingora wants of a connection besides its bytes, and uses for logs and for sockets of its own.
+impl UniqueID for Tied {
+    fn id(&self) -> UniqueIDType {
+        self.number
+    }
+}
+
+#[async_trait]
+impl Shutdown for Tied {
+    async fn shutdown(&mut self) {
+        let _ = AsyncWriteExt::shutdown(self).await;
+    }
+}
+
+impl Ssl for Tied {}
+impl Peek for Tied {}
+
+impl GetTimingDigest for Tied {
+    fn get_timing_digest(&self) -> Vec<Option<TimingDigest>> {
+        Vec::new()
+    }
+}
+
+impl GetProxyDigest for Tied {
+    fn get_proxy_digest(&self) -> Option<Arc<ProxyDigest>> {
+        None
+    }
+}
+
+impl GetSocketDigest for Tied {
+    fn get_socket_digest(&self) -> Option<Arc<SocketDigest>> {
+        None
+    }
+}
+
 impl Drop for Tied {
     fn drop(&mut self) {
         self.links.by_number.remove(&self.number);
@@ -382,7 +441,7 @@ impl Drop for Tied {
 #[cfg(test)]
 mod tests {
     use config::{Config, EdgeLimits};
-    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
+    use tokio::io::{AsyncReadExt as _, DuplexStream};
 
     use super::*;
 
@@ -410,7 +469,7 @@ mod tests {
         let mut pingoras = links.tie(Target { speaks: Speaks::Http2, ..target(1) }, Box::pin(guest), Box::new(move || sleeps.load(Ordering::SeqCst)));
         // The beginning of a connection, before its first request.
         pingoras.write_all(b"begin").await.unwrap();
-        let link = links.by_number.get(&pingoras.id()).unwrap().clone();
+        let link = links.by_number.get(&VirtualSocket::id(&pingoras)).unwrap().clone();
         let request = link.take_up().unwrap();
         asleep.store(true, Ordering::SeqCst);
         // A request is worth a wake.
@@ -433,7 +492,7 @@ mod tests {
 
         // The guest closes first: pingora reads the end, and can still send.
         app.write_all(b"bye").await.unwrap();
-        app.shutdown().await.unwrap();
+        AsyncWriteExt::shutdown(&mut app).await.unwrap();
         let mut text = String::new();
         pingoras.read_to_string(&mut text).await.unwrap();
         assert_eq!(text, "bye");
@@ -453,8 +512,8 @@ mod tests {
         let links = links(|_| {});
         let mut all: Vec<_> = (1..=50).map(|port| (port, tied(&links, target(port)))).collect();
         for (port, (pingoras, app)) in &mut all {
-            assert!(pingoras.id() < -1);
-            assert_eq!(links.by_number.get(&pingoras.id()).unwrap().clone().target.port.get(), *port);
+            assert!(VirtualSocket::id(pingoras) < -1);
+            assert_eq!(links.by_number.get(&VirtualSocket::id(pingoras)).unwrap().clone().target.port.get(), *port);
             app.write_all(&port.to_be_bytes()).await.unwrap();
             let mut read = [0; 2];
             pingoras.read_exact(&mut read).await.unwrap();
@@ -463,7 +522,7 @@ mod tests {
         // The numbers begin anew where they end, and those in use are left out.
         links.next.store(RawFd::MIN, Ordering::Relaxed);
         let (last, (next, _)) = (tied(&links, target(51)), tied(&links, target(52)));
-        assert_eq!((last.0.id(), next.id()), (RawFd::MIN, FIRST - 50));
+        assert_eq!((VirtualSocket::id(&last.0), VirtualSocket::id(&next)), (RawFd::MIN, FIRST - 50));
     }
 
     #[tokio::test]
@@ -471,7 +530,7 @@ mod tests {
         let links = links(|_| {});
         let (a, b) = (target(1), target(1));
         let (pingoras, _app) = tied(&links, a);
-        assert!(links.leading_to(a, pingoras.id()).unwrap().is_some());
+        assert!(links.leading_to(a, VirtualSocket::id(&pingoras)).unwrap().is_some());
         let others = [
             b,
             Target { port: Port::new(2).unwrap(), ..a },
@@ -480,9 +539,9 @@ mod tests {
             Target { transport: Transport::Tls { h2: false }, ..a },
         ];
         for other in others {
-            assert_eq!(links.leading_to(other, pingoras.id()).err(), Some(LeadsElsewhere), "{other:?}");
+            assert_eq!(links.leading_to(other, VirtualSocket::id(&pingoras)).err(), Some(LeadsElsewhere), "{other:?}");
         }
-        let number = pingoras.id();
+        let number = VirtualSocket::id(&pingoras);
         drop(pingoras);
         assert!(links.leading_to(b, number).unwrap().is_none());
     }
@@ -491,7 +550,7 @@ mod tests {
     async fn a_cut_link_ends_for_both_sides_and_wakes_who_waits() {
         let links = links(|_| {});
         let (mut pingoras, mut app) = tied(&links, target(1));
-        let link = links.by_number.get(&pingoras.id()).unwrap().clone();
+        let link = links.by_number.get(&VirtualSocket::id(&pingoras)).unwrap().clone();
         let waiting = tokio::spawn(async move { pingoras.read(&mut [0; 1]).await });
         tokio::task::yield_now().await;
         link.cut();
@@ -504,7 +563,7 @@ mod tests {
     async fn an_idle_link_ends_when_it_is_of_no_use() {
         let links = links(|limits| limits.upstream_keepalive = Duration::ZERO);
         let (pingoras, mut app) = tied(&links, target(1));
-        let link = links.by_number.get(&pingoras.id()).unwrap().clone();
+        let link = links.by_number.get(&VirtualSocket::id(&pingoras)).unwrap().clone();
         let (first, second) = (link.take_up().unwrap(), link.take_up().unwrap());
         // The request before gives it up after the next one has it.
         drop(first);
@@ -521,11 +580,11 @@ mod tests {
         let links = links(|_| {});
         for spoken in [&b""[..], b"unasked"] {
             let (pingoras, mut app) = tied(&links, target(1));
-            drop(links.by_number.get(&pingoras.id()).unwrap().clone().take_up());
+            drop(links.by_number.get(&VirtualSocket::id(&pingoras)).unwrap().clone().take_up());
             links.sweep();
             assert_eq!(links.open.get(), 1, "it idles for a moment only");
             app.write_all(spoken).await.unwrap();
-            app.shutdown().await.unwrap();
+            AsyncWriteExt::shutdown(&mut app).await.unwrap();
             links.sweep();
             assert_eq!(links.open.get(), 0);
         }

@@ -10,6 +10,7 @@ pub(crate) mod frames;
 pub(crate) mod guest_socket;
 pub(crate) mod h2_headers;
 pub(crate) mod links;
+pub(crate) mod pool;
 pub(crate) mod resets;
 pub(crate) mod transport;
 pub(crate) mod turns;

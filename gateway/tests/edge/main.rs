@@ -7,6 +7,7 @@ mod app;
 mod connections;
 mod drain;
 mod eager;
+mod exchange;
 mod forwarding;
 mod guest_tls;
 mod hostile;

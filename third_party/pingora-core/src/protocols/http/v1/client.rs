@@ -31,6 +31,15 @@ use crate::protocols::http::HttpTask;
 use crate::protocols::{Digest, SocketAddr, Stream, UniqueID, UniqueIDType};
 use crate::utils::{BufRef, KVRef};
 
+/// How the body of a request is framed whose header is written as it is on the wire.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RawRequestFraming {
+    /// By Content-Length, or 0 without a body
+    Length(usize),
+    /// By Transfer-Encoding: chunked
+    Chunked,
+}
+
 /// The HTTP 1.x client session
 pub struct HttpSession {
     buf: Bytes,
@@ -54,6 +63,8 @@ pub struct HttpSession {
     pub(crate) digest: Box<Digest>,
     response_header: Option<Box<ResponseHeader>>,
     request_written: Option<Box<RequestHeader>>,
+    /// Whether the header was written as it is on the wire and asks for no body (HEAD).
+    raw_head_written: bool,
     bytes_sent: usize,
     /// Total response body payload bytes received from upstream
     body_recv: usize,
@@ -91,6 +102,7 @@ impl HttpSession {
             keepalive_timeout: KeepaliveStatus::Off,
             response_header: None,
             request_written: None,
+            raw_head_written: false,
             read_timeout: None,
             write_timeout: None,
             digest,
@@ -153,6 +165,30 @@ impl HttpSession {
         // write was successful
         self.request_written = Some(req);
         Ok(to_wire.len())
+    }
+
+    /// Write a request header that is on the wire already as it is to be sent, whose body is framed by `framing` alone and
+    /// that asks neither for an upgrade nor for the connection's end.
+    pub async fn write_raw_request_header(
+        &mut self,
+        wire: &[u8],
+        head: bool,
+        framing: RawRequestFraming,
+    ) -> Result<()> {
+        match framing {
+            RawRequestFraming::Length(length) => self.body_writer.init_content_length(length),
+            RawRequestFraming::Chunked => self.body_writer.init_chunked(),
+        }
+        self.underlying_stream
+            .write_all(wire)
+            .await
+            .or_err(WriteError, "while writing request headers")?;
+        self.underlying_stream
+            .flush()
+            .await
+            .or_err(WriteError, "flushing request header")?;
+        self.raw_head_written = head;
+        Ok(())
     }
 
     async fn do_write_body(&mut self, buf: &[u8]) -> Result<Option<usize>> {
@@ -697,6 +733,10 @@ impl HttpSession {
                 false
             };
 
+            if self.raw_head_written {
+                self.body_reader.init_content_length(0, preread_body);
+                return;
+            }
             if let Some(req) = self.request_written.as_ref() {
                 if req.method == http::method::Method::HEAD {
                     self.body_reader.init_content_length(0, preread_body);

@@ -1,0 +1,357 @@
+//! A request to an app of HTTP/1.1, carried to it and its answer back in one loop.
+//!
+//! pingora's own way there runs two futures with two channels between them, makes a peer and a connector for each request and
+//! copies what its phases for caching and retries would need: half of what a small request cost (load-tests/README.md).
+//! How HTTP/1.1 is read, framed and written stays with pingora's sessions, and the rules are the same calls of `service` as
+//! on that way, which is still taken for HTTP/2 towards the app and for WebSockets.
+//!
+//! Owns: the order of reading and writing between the two sessions, and which connection to the app is used. Never sends a
+//! request twice: what fails before anything was sent is tried again, nothing else is.
+
+use std::future::poll_fn;
+
+use bytes::Bytes;
+use http::{HeaderName, Method, StatusCode, Version, header};
+use pingora_core::{
+    Error, ErrorType,
+    protocols::http::{
+        HttpTask, ServerSession as ClientSession,
+        v1::client::{HttpSession as AppSession, RawRequestFraming},
+    },
+};
+use pingora_http::{HeaderNameVariant, RequestHeader, ResponseHeader};
+use pingora_proxy::{ProxyHttp as _, Session};
+
+use crate::{
+    connection::Guarded,
+    context::Context,
+    framing, headers,
+    reply::Reason,
+    service::{Service, client_left},
+    upstream::{
+        connector::{DialFailure, Woken},
+        links::Speaks,
+        pool::Connection,
+        transport::Transport,
+    },
+};
+
+type Result<T, E = Box<Error>> = std::result::Result<T, E>;
+
+/// What comes next.
+enum Event {
+    /// Of the app.
+    Answer(Result<HttpTask>),
+    /// Of the client: more of its body, the body's end, or its leaving.
+    Body(Result<Option<Bytes>>),
+}
+
+impl Service {
+    /// Carries a request that may pass, if it is one for this way. Whether it was.
+    pub(crate) async fn exchange(&self, session: &mut Session, ctx: &mut Context) -> Result<bool> {
+        if ctx.speaks != Speaks::Http1 || !has_plain_target(session.req_header()) {
+            return Ok(false);
+        }
+        let connection = loop {
+            match self.connection(session, ctx).await {
+                Ok(Some(connection)) => break connection,
+                Ok(None) => return Ok(false),
+                // Nothing was sent.
+                Err(error) if error.retry() => {}
+                Err(error) => return Err(error),
+            }
+        };
+        let Connection { stream, link } = connection;
+        let mut app = AppSession::new(stream);
+        let reusable = match self.converse(session, &mut app, ctx).await {
+            Ok(reusable) => reusable,
+            Err(error) => {
+                release(session.as_downstream()).await;
+                return Err(error);
+            }
+        };
+        ctx.link = None;
+        if reusable {
+            app.respect_keepalive();
+            if let Some(stream) = app.reuse().await {
+                self.peers.pool().give_back(Connection { stream, link });
+            }
+        }
+        Ok(true)
+    }
+
+    /// A connection to the app, taken up for this request; `None` if the app speaks HTTP/2.
+    async fn connection(&self, session: &mut Session, ctx: &mut Context) -> Result<Option<Connection>> {
+        let target = self.target(session, ctx).await?;
+        if target.speaks != Speaks::Http1 {
+            return Ok(None);
+        }
+        if let Some((connection, taken)) = self.peers.pool().take(target) {
+            ctx.reused = true;
+            self.begin_use(session, ctx, &connection.link, taken);
+            return Ok(Some(connection));
+        }
+        ctx.reused = false;
+        let (Some(awake), Some(permit)) = (ctx.awake.clone(), &ctx.permit) else {
+            return Err(Self::fail(ctx, Reason::Internal));
+        };
+        let microvm = permit.microvm().clone();
+        let name = (target.transport != Transport::Plain).then(|| self.name_inside(session.req_header()));
+        let dialled = tokio::select! {
+            // In this order: a dial that is done at once costs no watch. Either arm may be dropped at any await.
+            biased;
+            dialled = self.peers.connection(target, name, Woken { microvm: &microvm, awake: &awake }) => dialled,
+            () = client_left(session) => Err(DialFailure::ClientLeft),
+        };
+        match dialled {
+            Ok(connection) => match connection.link.take_up() {
+                Some(taken) => {
+                    self.begin_use(session, ctx, &connection.link, taken);
+                    Ok(Some(connection))
+                }
+                // The gateway ends.
+                None => Err(Self::fail(ctx, Reason::Internal)),
+            },
+            Err(failure) => {
+                let mut error = Error::new_up(ErrorType::ConnectError);
+                self.give_up_or_retry(ctx, failure, &mut error);
+                Err(error)
+            }
+        }
+    }
+
+    /// Carries both bodies until both are over. Whether the connection to the app may serve another request.
+    async fn converse(&self, session: &mut Session, app: &mut AppSession, ctx: &mut Context) -> Result<bool> {
+        let bodyless = session.as_downstream_mut().is_body_empty();
+        let request = session.req_header();
+        let Ok((wire, framing)) = request_for_app(request, bodyless, &ctx.request_id) else {
+            return Err(Self::fail(ctx, Reason::MalformedRequest));
+        };
+        app.write_raw_request_header(&wire, request.method == Method::HEAD, framing).await.map_err(Error::into_up)?;
+        let mut next = bodyless.then_some(Event::Body(Ok(None)));
+        let (mut asked, mut answered, mut reusable, mut unsent) = (false, false, true, None);
+        while !asked || !answered {
+            let event = match next.take() {
+                Some(event) => event,
+                None => {
+                    let client = session.as_downstream_mut();
+                    let client = async {
+                        // The app has nothing to add to what is held for the moment.
+                        release(client).await;
+                        client.read_body_or_idle(asked).await
+                    };
+                    // The app first, once it has been asked: as long as it has something to say nobody looks after the client.
+                    // Before, in turns. Every arm may be dropped at any await.
+                    if asked {
+                        tokio::select! {
+                            biased;
+                            task = app.read_response_task() => Event::Answer(task),
+                            body = client => Event::Body(body),
+                        }
+                    } else {
+                        tokio::select! {
+                            task = app.read_response_task(), if !answered => Event::Answer(task),
+                            body = client => Event::Body(body),
+                        }
+                    }
+                }
+            };
+            match event {
+                Event::Answer(Ok(task)) => {
+                    answered = task.is_end();
+                    self.pass_answer(session, task, ctx).await?;
+                }
+                // Why the app did not get all of the request says more than that it broke off.
+                Event::Answer(Err(error)) => return Err(unsent.unwrap_or(error).into_up()),
+                Event::Body(Err(error)) => return Err(error.into_down()),
+                Event::Body(Ok(body)) => match self.pass_body(session, app, body, ctx).await {
+                    Ok(over) => asked = over,
+                    Err(Unpassed::Refused(error)) => return Err(error),
+                    // The app takes no more of the request. It may have said why: its answer is still passed on.
+                    Err(Unpassed::Untaken(error)) => (asked, reusable, unsent) = (true, false, Some(error)),
+                },
+            }
+        }
+        if session.as_downstream_mut().finish_body().await.is_err() {
+            session.set_keepalive(None);
+        }
+        Ok(reusable)
+    }
+
+    /// Passes a piece of the client's body; `None` is its end. Whether that was all.
+    async fn pass_body(&self, session: &mut Session, app: &mut AppSession, mut body: Option<Bytes>, ctx: &mut Context) -> Result<bool, Unpassed> {
+        let over = body.is_none() || session.as_downstream_mut().is_body_done();
+        self.request_body_filter(session, &mut body, over, ctx).await.map_err(Unpassed::Refused)?;
+        let untaken = |error: Box<Error>| Unpassed::Untaken(error.into_up());
+        // An empty piece would be the end of a chunked body.
+        if let Some(bytes) = body.filter(|bytes| !bytes.is_empty()) {
+            app.write_body(&bytes).await.map_err(untaken)?;
+        }
+        if over {
+            app.finish_body().await.map_err(untaken)?;
+        }
+        Ok(over)
+    }
+
+    /// Passes a piece of the app's answer.
+    async fn pass_answer(&self, session: &mut Session, mut task: HttpTask, ctx: &mut Context) -> Result<()> {
+        match &mut task {
+            HttpTask::Header(answer, over) => {
+                self.upstream_response_filter(session, answer, ctx).await?;
+                let has_length = answer.headers.contains_key(header::CONTENT_LENGTH);
+                if !has_length && !*over && has_body(session.req_header(), answer) && !answer.headers.contains_key(header::TRANSFER_ENCODING) {
+                    // Of an app of HTTP/1.0 that ends its body by closing: the client's connection can go on.
+                    answer.set_version(Version::HTTP_11);
+                    answer.insert_header(header::TRANSFER_ENCODING, "chunked")?;
+                }
+                if has_length && !*over && let Some(client) = Guarded::of(session) {
+                    client.hold_next();
+                }
+            }
+            HttpTask::Body(bytes, over) => {
+                // It asks for no delay.
+                let _ = self.upstream_response_body_filter(session, bytes, *over, ctx)?;
+            }
+            HttpTask::UpgradedBody(..) | HttpTask::Trailer(_) | HttpTask::Done | HttpTask::Failed(_) => {}
+        }
+        session.as_downstream_mut().response_duplex_vec(vec![task]).await.map(|_| ())
+    }
+}
+
+/// Why a piece of the client's body did not reach the app.
+enum Unpassed {
+    /// A rule of ours is against it.
+    Refused(Box<Error>),
+    /// The app did not take it.
+    Untaken(Box<Error>),
+}
+
+/// The request cannot be said to an app.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Unspeakable;
+
+/// The header that the app reads, as it is on the wire, and how the body is framed that follows it. Written out of the
+/// request as it came: to change a copy of it field by field takes several times as long.
+fn request_for_app(request: &RequestHeader, bodyless: bool, request_id: &str) -> Result<(Vec<u8>, RawRequestFraming), Unspeakable> {
+    let target = request.raw_path();
+    if target.iter().any(|byte| byte.is_ascii_control() || *byte == b' ') {
+        return Err(Unspeakable);
+    }
+    let mut dropped = headers::of_this_hop(&request.headers).map_err(|headers::BadConnection| Unspeakable)?;
+    dropped.extend(headers::reserved(&request.headers));
+    // A subprotocol may hold a token. The request's name is ours to give.
+    dropped.extend([header::SEC_WEBSOCKET_PROTOCOL, HeaderName::from_static(headers::REQUEST_ID_FIELD)]);
+    // HTTP/2 names the host in the target, HTTP/1.1 may (RFC 9113 §8.3.1, RFC 9112 §3.2.2).
+    let host = request.uri.authority().map(|authority| authority.as_str());
+    dropped.extend(host.map(|_| header::HOST));
+    let cookie = headers::joined_cookie(&request.headers);
+    dropped.extend(cookie.as_ref().map(|_| header::COOKIE));
+
+    let mut wire = Vec::with_capacity(512);
+    for piece in [request.method.as_str().as_bytes(), b" ", target, b" HTTP/1.1\r\n"] {
+        wire.extend_from_slice(piece);
+    }
+    let mut say = |name: &[u8], value: &[u8]| [name, b": ", value, b"\r\n"].iter().for_each(|piece| wire.extend_from_slice(piece));
+    if let Some(host) = host {
+        say(b"Host", host.as_bytes());
+    }
+    let each = request.map(|name, value| {
+        // As the client wrote it, or HTTP/1.1's way of writing a name of HTTP/2.
+        let name = match &name {
+            HeaderNameVariant::Case(name) => name.as_slice(),
+            HeaderNameVariant::Titled(name) => name.as_bytes(),
+        };
+        if !dropped.iter().any(|dropped| name.eq_ignore_ascii_case(dropped.as_str().as_bytes())) {
+            say(name, value.as_bytes());
+        }
+        Ok(())
+    });
+    each.map_err(|_| Unspeakable)?;
+    if let Some(cookie) = cookie {
+        say(b"Cookie", cookie.as_bytes());
+    }
+    say(headers::REQUEST_ID_FIELD.as_bytes(), request_id.as_bytes());
+    let framing = match request.headers.contains_key(header::CONTENT_LENGTH) {
+        true => {
+            let length = framing::stated_length(&request.headers).and_then(|length| usize::try_from(length).ok());
+            RawRequestFraming::Length(length.ok_or(Unspeakable)?)
+        }
+        false if bodyless => RawRequestFraming::Length(0),
+        false => {
+            say(b"Transfer-Encoding", b"chunked");
+            RawRequestFraming::Chunked
+        }
+    };
+    wire.extend_from_slice(b"\r\n");
+    Ok((wire, framing))
+}
+
+/// Whether the target is a path or `*`, or names its host so that it can be read.
+fn has_plain_target(request: &RequestHeader) -> bool {
+    request.raw_path().starts_with(b"/") || request.raw_path() == b"*" || request.uri.authority().is_some()
+}
+
+/// RFC 9112 §6.3.
+fn has_body(request: &RequestHeader, answer: &ResponseHeader) -> bool {
+    request.method != Method::HEAD && !answer.status.is_informational() && !matches!(answer.status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED)
+}
+
+/// Sends what is held of an answer that does not go on for now.
+async fn release(client: &ClientSession) {
+    if let Some(guarded) = Guarded::under(client) {
+        // What fails here fails again, and is told, when the connection is read or written next.
+        let _ = poll_fn(|cx| guarded.poll_release(cx)).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn said(request: &RequestHeader, bodyless: bool) -> Result<(String, RawRequestFraming), Unspeakable> {
+        request_for_app(request, bodyless, "the-id").map(|(wire, framing)| (String::from_utf8(wire).unwrap(), framing))
+    }
+
+    fn request(method: &str, path: &[u8], fields: &[(&'static str, &'static str)]) -> RequestHeader {
+        let mut request = RequestHeader::build(method, path, None).unwrap();
+        for (name, value) in fields {
+            request.append_header(*name, *value).unwrap();
+        }
+        request
+    }
+
+    #[test]
+    fn what_concerns_the_edge_stays_there_and_the_rest_passes_as_it_was_written() {
+        let fields = [
+            ("Host", "h"),
+            ("X-Aws-Proxy-Auth", "secret"),
+            ("x_aws_proxy_port", "1"),
+            ("Sec-WebSocket-Protocol", "secret"),
+            ("X-Amzn-RequestId", "forged"),
+            ("Connection", "keep-alive, X-Hop"),
+            ("X-Hop", "1"),
+            ("X-Two", "1"),
+            ("X-Two", "2"),
+            ("Cookie", "a=1"),
+        ];
+        let expected = "GET /a?b HTTP/1.1\r\nHost: h\r\nX-Two: 1\r\nX-Two: 2\r\nCookie: a=1\r\nx-amzn-requestid: the-id\r\n\r\n";
+        assert_eq!(said(&request("GET", b"/a?b", &fields), true), Ok((expected.to_owned(), RawRequestFraming::Length(0))));
+    }
+
+    #[test]
+    fn a_body_is_framed_once() {
+        let (wire, framing) = said(&request("POST", b"/", &[("content-length", "5")]), false).unwrap();
+        assert!(wire.contains("\r\ncontent-length: 5\r\n") && framing == RawRequestFraming::Length(5), "{wire}");
+        let (wire, framing) = said(&request("POST", b"/", &[("transfer-encoding", "chunked")]), false).unwrap();
+        assert_eq!((wire.matches("chunked").count(), framing), (1, RawRequestFraming::Chunked));
+        assert_eq!(said(&request("POST", b"/", &[("content-length", "99999999999999999999")]), false), Err(Unspeakable));
+    }
+
+    #[test]
+    fn a_host_in_the_target_wins_and_cookies_are_one() {
+        let mut request = request("GET", b"/", &[("host", "other"), ("cookie", "a=1"), ("cookie", "b=2")]);
+        request.set_uri(http::Uri::from_static("https://named/x"));
+        let (wire, _) = said(&request, true).unwrap();
+        assert!(wire.contains("Host: named\r\n") && !wire.contains("other") && wire.contains("Cookie: a=1; b=2\r\n"), "{wire}");
+    }
+}

@@ -1,0 +1,118 @@
+//! How a request is carried to an app of HTTP/1.1 and its answer back: what is held together and what is not, which connection
+//! is used, and what becomes of bodies that cross each other.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
+};
+
+use http_body_util::BodyExt as _;
+use model::PortScope;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpListener,
+    sync::Semaphore,
+};
+
+use crate::{
+    app::{read_header, says_hello, scripted},
+    rig::{Rig, full, get, h2_request, request, within},
+};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_begins_when_its_app_begins_it() {
+    let rig = Rig::new().await;
+    let goes_on = Arc::new(Semaphore::new(0));
+    let may = goes_on.clone();
+    let address = scripted(move |mut tcp| {
+        let may = may.clone();
+        async move {
+            read_header(&mut tcp).await;
+            let _ = tcp.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\n").await;
+            for half in [b"on", b"ce"] {
+                may.acquire().await.unwrap().forget();
+                let _ = tcp.write_all(half).await;
+            }
+        }
+    })
+    .await;
+    let vm = rig.microvm(address).await;
+    let token = rig.token(&vm, PortScope::All);
+    let auth = [("x-aws-proxy-auth", token.as_str())];
+    let (mut h1, mut h2) = (rig.h1().await, rig.h2().await);
+    let first = async { within("the header over HTTP/1.1", h1.0.send_request(get(&vm.host, "/", &auth))).await.unwrap() };
+    let second = async { within("the header over HTTP/2", h2.0.send_request(h2_request("GET", &vm.host, "/", &auth, full("")))).await.unwrap() };
+    let (first, second) = (first.await, second.await);
+    goes_on.add_permits(4);
+    for response in [first, second] {
+        assert_eq!(response.headers()["content-length"], "4");
+        assert_eq!(within("the body", response.into_body().collect()).await.unwrap().to_bytes(), "once");
+    }
+}
+
+/// An app that serves one connection at a time and keeps it, as simple servers do. How many requests and how many
+/// connections it had.
+async fn one_at_a_time() -> (std::net::SocketAddr, Arc<[AtomicUsize; 2]>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let counts = Arc::new([AtomicUsize::new(0), AtomicUsize::new(0)]);
+    let counted = counts.clone();
+    tokio::spawn(async move {
+        while let Ok((mut tcp, _)) = listener.accept().await {
+            if says_hello(&tcp).await {
+                continue;
+            }
+            counted[1].fetch_add(1, Ordering::SeqCst);
+            loop {
+                let header = read_header(&mut tcp).await;
+                if header.is_empty() {
+                    break;
+                }
+                if header.contains("content-length: 4") {
+                    tcp.read_exact(&mut [0; 4]).await.unwrap();
+                }
+                counted[0].fetch_add(1, Ordering::SeqCst);
+                let length = if header.starts_with("HEAD") { "" } else { "ok" };
+                tcp.write_all(format!("HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{length}").as_bytes()).await.unwrap();
+            }
+        }
+    });
+    (address, counts)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_app_that_serves_one_connection_at_a_time_is_not_kept_waiting_by_an_idle_one() {
+    let rig = Rig::new().await;
+    let (address, counts) = one_at_a_time().await;
+    let vm = rig.microvm(address).await;
+    let token = rig.token(&vm, PortScope::All);
+    let auth = [("x-aws-proxy-auth", token.as_str())];
+    let mut h1 = rig.h1().await;
+    let absolute = format!("http://{}/x", vm.host);
+    for (method, path, body) in [("GET", "/", ""), ("POST", "/", "body"), ("HEAD", "/", ""), ("OPTIONS", "*", ""), ("GET", absolute.as_str(), ""), ("PUT", "/", "body"), ("DELETE", "/", "")] {
+        assert_eq!(h1.send(request(method, &vm.host, path, &auth, full(body))).await.status, 200, "{method} {path}");
+    }
+    // A client may be faster with its next request than the gateway with putting the connection away; then there is one more,
+    // and the one before it is ended.
+    assert_eq!(counts[0].load(Ordering::SeqCst), 7);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_app_that_refuses_a_body_half_way_is_heard() {
+    const SIZE: usize = 16 << 20;
+    let rig = Rig::new().await;
+    let address = scripted(|mut tcp| async move {
+        read_header(&mut tcp).await;
+        let _ = tcp.write_all(b"HTTP/1.1 413 Content Too Large\r\ncontent-length: 2\r\nconnection: close\r\n\r\nno").await;
+        let _ = tcp.shutdown().await;
+        // Takes what comes until the gateway ends it: a reset would overtake the answer.
+        while tcp.read(&mut [0; 65536]).await.is_ok_and(|read| read > 0) {}
+    })
+    .await;
+    let vm = rig.microvm(address).await;
+    let token = rig.token(&vm, PortScope::All);
+    let auth = [("x-aws-proxy-auth", token.as_str())];
+    let body = vec![b'x'; SIZE];
+    let answer = rig.h2().await.send(h2_request("POST", &vm.host, "/", &auth, full(body))).await;
+    assert_eq!((answer.status, answer.text()), (413, "no"));
+}
