@@ -16,6 +16,7 @@ use std::{
 
 pub use api::{Api, ApiKey, ApiRates, KeyRole};
 pub use problem::{ConfigError, Problem};
+use ipnet::IpNet;
 use reader::Reader;
 
 /// Everything a node is told.
@@ -176,6 +177,10 @@ pub struct Guest {
     pub agent: Option<PathBuf>,
     /// Base images and build caches, shared by all nodes of the host.
     pub base_dir: PathBuf,
+    /// Private networks that guests with internet egress may connect to as well.
+    pub egress_allow: Vec<IpNet>,
+    /// Whom guests ask for names; empty: the host's own name servers.
+    pub name_servers: Vec<SocketAddr>,
 }
 
 /// The idle controller.
@@ -326,6 +331,8 @@ impl Config {
                 kernel_dir: s.path("kernel_dir", &cache.join("kernel").to_string_lossy(), "A Debian linux-image-*-cloud-* package, unpacked (make setup)."),
                 agent: s.optional_path("agent", "The guest agent (static binary). Default: beside the dormouse binary."),
                 base_dir: s.path("base_dir", &cache.join("base").to_string_lossy(), "Base images and build caches."),
+                egress_allow: s.list("egress_allow", "a list of networks such as [\"10.1.0.0/16\", \"192.168.7.5/32\"]", "Networks that microVMs with INTERNET_EGRESS may connect to although they are private. Without it they reach public IPv4 addresses only, and never one of this host."),
+                name_servers: s.list("name_servers", "a list of addresses such as [\"10.1.0.2:53\"]", "Name servers that microVMs with INTERNET_EGRESS ask, through the node. Default: those of /etc/resolv.conf."),
             }),
             lifecycle: r.section("lifecycle", |s| Lifecycle {
                 max_concurrent_starts: s.count("max_concurrent_starts", 4, 1..=1_024, "Launches and wakes at a time; more wait their turn."),

@@ -1,7 +1,7 @@
 //! Takes keys out of a TOML table one by one, notes every problem, and remembers what it was asked for, so that the
 //! same lines of code give the checked values, the list of unknown keys and the example file.
 
-use std::{net::SocketAddr, ops::RangeInclusive, path::PathBuf, time::Duration};
+use std::{net::SocketAddr, ops::RangeInclusive, path::PathBuf, str::FromStr, time::Duration};
 
 use toml::{Table, Value};
 
@@ -203,6 +203,14 @@ impl Section<'_> {
     /// Notes what is wrong with keys that are right each by itself.
     pub(crate) fn refuse(&mut self, key: &str, what: &str) {
         self.problem(key, what.to_owned());
+    }
+
+    /// A list of texts, each of which is something; empty by default.
+    pub(crate) fn list<T: FromStr>(&mut self, key: &'static str, wanted: &str, about: &str) -> Vec<T> {
+        self.take(key, about, "[]", Vec::new(), |value| {
+            let items: Option<Vec<T>> = value.as_array().and_then(|items| items.iter().map(|item| item.as_str()?.parse().ok()).collect());
+            items.ok_or_else(|| wanted.to_owned())
+        })
     }
 
     fn take<T, W: Into<String>>(&mut self, key: &'static str, about: &str, default_text: &str, default: T, read: impl FnOnce(&Value) -> Result<T, W>) -> T {

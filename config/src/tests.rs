@@ -43,6 +43,18 @@ fn prices_are_numbers() {
 }
 
 #[test]
+fn lists_are_lists_of_what_they_say() {
+    let guest = Config::parse("[guest]\negress_allow = [\"10.1.0.0/16\", \"192.168.7.5/32\"]\nname_servers = [\"10.1.0.2:53\"]\n").unwrap().guest;
+    assert_eq!((guest.egress_allow.len(), guest.name_servers.len()), (2, 1));
+    let guest = Config::defaults().guest;
+    assert!(guest.egress_allow.is_empty() && guest.name_servers.is_empty());
+    for bad in ["egress_allow = \"10.1.0.0/16\"", "egress_allow = [\"10.1.0.0/33\"]", "egress_allow = [1]", "name_servers = [\"10.1.0.2\"]"] {
+        let found = problems(&format!("[guest]\n{bad}\n"));
+        assert!(matches!(&found[..], [one] if one.starts_with("guest.") && one.contains("a list of")), "{bad}: {found:?}");
+    }
+}
+
+#[test]
 fn every_problem_is_reported_with_its_key() {
     let found = problems("[edge]\nlistne = \"127.0.0.1:1\"\nhold_secs = 0\ndomain_suffix = \"Not a name\"\n[lifecycel]\nx = 1\n[api]\nlisten = 9000\n[node]\naccount = \"12\"\n");
     let expected = [

@@ -1,6 +1,6 @@
 //! ARNs of this node: written for what it has, read from what callers name.
 
-use model::{ImageName, ImageVersion};
+use model::{Egress, ImageName, ImageVersion};
 
 use crate::reply::{ApiError, ErrorKind};
 
@@ -12,7 +12,9 @@ pub(crate) const MANAGED_VERSIONS: [ImageVersion; 2] = [ImageVersion { major: 0,
 /// The managed ingress connectors (aws-behaviour §6).
 pub(crate) const INGRESS: [&str; 4] = ["HTTP_INGRESS", "ALL_INGRESS", "SHELL_INGRESS", "NO_INGRESS"];
 /// The managed egress connectors.
-pub(crate) const EGRESS: [&str; 1] = ["INTERNET_EGRESS"];
+pub(crate) const EGRESS: [&str; 2] = ["INTERNET_EGRESS", NO_EGRESS];
+/// Ours: AWS has no connector that keeps a microVM from the network (aws-behaviour §6).
+const NO_EGRESS: &str = "NO_EGRESS";
 
 /// Where the node says it is.
 #[derive(Debug, Clone)]
@@ -71,6 +73,12 @@ impl Place {
     /// Whether an ARN or plain name names the managed image.
     pub(crate) fn is_managed_image(&self, identifier: &str) -> bool {
         identifier == MANAGED_IMAGE || identifier == self.managed_image_arn()
+    }
+
+    /// Where these egress connectors let a microVM connect to.
+    pub(crate) fn egress(&self, connectors: &[String]) -> Egress {
+        let none = self.connector_arn(NO_EGRESS);
+        if connectors.contains(&none) { Egress::Nothing } else { Egress::Internet }
     }
 
     /// Checks one network connector; the name of a managed one.
@@ -134,6 +142,8 @@ mod tests {
     fn connectors_are_the_managed_ones() {
         let known = ["HTTP_INGRESS"];
         let place = place();
+        assert_eq!(place.egress(&[place.connector_arn("NO_EGRESS")]), Egress::Nothing);
+        assert_eq!(place.egress(&[place.connector_arn("INTERNET_EGRESS")]), Egress::Internet);
         assert_eq!(place.connector(&place.connector_arn("HTTP_INGRESS"), &known), Ok("HTTP_INGRESS"));
         for (arn, told) in [
             ("HTTP_INGRESS".to_owned(), "Malformed network connector ARN"),

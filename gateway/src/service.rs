@@ -19,7 +19,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use http::{HeaderMap, Method, StatusCode, Version, header};
 use idle_controller::Awake;
-use model::{Clock as _, Door, MicrovmId, SystemClock};
+use model::{Clock as _, MicrovmId, SystemClock};
 use pingora_core::{
     Error, ErrorSource, ErrorType, Result, RetryType,
     modules::http::HttpModules,
@@ -36,7 +36,7 @@ use tokio_util::task::AbortOnDropHandle;
 use crate::{
     Limits, Microvms,
     access_log::{AccessLog, Entry},
-    auth::permit::Permit,
+    auth::permit::{Door, Permit},
     connection::Guarded,
     context::{Context, Watch},
     drain::{STREAM_SILENCE, Traffic},

@@ -7,14 +7,13 @@ use std::{
     time::Duration,
 };
 
-use model::Door;
+use model::{Capabilities, Door};
 use protocol::{
     agent::{AppSpec, Reply, Request, Restored},
     guest::{Guest, GuestEnd},
 };
 use rustix::process::{Pid, WaitOptions, WaitStatus};
 use tokio::{
-    io::DuplexStream,
     net::TcpStream,
     signal::unix::{SignalKind, signal},
     sync::Mutex,
@@ -25,8 +24,10 @@ use tokio_util::either::Either;
 use crate::{
     app,
     cgroup::AppCgroup,
+    egress::{Egress, Streams},
     listeners,
     machine::{self, SetupError},
+    pipe::Pipe,
     shell::{self, World},
 };
 
@@ -38,6 +39,9 @@ pub(crate) struct Agent {
     end: GuestEnd,
     cgroup: AppCgroup,
     shells: std::sync::Mutex<JoinSet<()>>,
+    /// Streams of the host's for connections out of the guest.
+    streams_out: Arc<Streams>,
+    egress: std::sync::Mutex<Option<Egress>>,
     /// Whether the root disk is the root, and one start at a time.
     root: Mutex<Root>,
     app: std::sync::Mutex<Running>,
@@ -63,7 +67,15 @@ struct Running {
 
 impl Agent {
     pub fn new(end: GuestEnd) -> Result<Self, SetupError> {
-        Ok(Self { end, cgroup: AppCgroup::create()?, shells: std::sync::Mutex::default(), root: Mutex::new(Root::Initramfs), app: std::sync::Mutex::default() })
+        Ok(Self {
+            end,
+            cgroup: AppCgroup::create()?,
+            shells: std::sync::Mutex::default(),
+            streams_out: Arc::default(),
+            egress: std::sync::Mutex::default(),
+            root: Mutex::new(Root::Initramfs),
+            app: std::sync::Mutex::default(),
+        })
     }
 
     async fn start(&self, spec: &AppSpec) -> Result<(), String> {
@@ -72,10 +84,14 @@ impl Agent {
             return Err("the app has been started already".to_owned());
         }
         if *root == Root::Initramfs {
+            if spec.rights.capabilities == Capabilities::All {
+                machine::load_fuse().map_err(|error| error.to_string())?;
+            }
             machine::switch_root().await.map_err(|error| error.to_string())?;
             *root = Root::Disk;
         }
-        machine::furnish().map_err(|error| error.to_string())?;
+        machine::furnish(spec.rights.egress).map_err(|error| error.to_string())?;
+        self.lead_out(spec.rights.egress)?;
         let started = app::start(spec, &self.cgroup).await.map_err(|error| error.to_string())?;
         let output = tokio::spawn(app::forward_output(started.output, self.end.clone()));
         let mut running = self.running();
@@ -90,8 +106,21 @@ impl Agent {
         Ok(())
     }
 
+    /// Lets the app connect to what the host lets it, or to nothing.
+    fn lead_out(&self, wanted: model::Egress) -> Result<(), String> {
+        let mut egress = self.egress.lock().expect("nobody panics while holding it");
+        let failed = |error: io::Error| format!("leading the app's connections out failed: {error}");
+        match (wanted, egress.take()) {
+            (model::Egress::Internet, None) => *egress = Some(Egress::open(self.streams_out.clone()).map_err(failed)?),
+            (model::Egress::Internet, open) => *egress = open,
+            (model::Egress::Nothing, Some(open)) => open.close().map_err(failed)?,
+            (model::Egress::Nothing, None) => {}
+        }
+        Ok(())
+    }
+
     /// A connection to a new shell beside the app.
-    fn shell(&self) -> io::Result<DuplexStream> {
+    fn shell(&self) -> io::Result<Pipe> {
         let (app, spec) = {
             let running = self.running();
             running.pid.zip(running.spec.clone()).filter(|_| running.ends.is_none()).ok_or(io::ErrorKind::NotFound)?
@@ -152,10 +181,14 @@ fn exit_code(status: WaitStatus) -> i32 {
 }
 
 impl Guest for Agent {
-    type Conn = Either<TcpStream, DuplexStream>;
+    type Conn = Either<TcpStream, Pipe>;
 
     async fn connect(&self, door: Door) -> io::Result<Self::Conn> {
-        let Door::Port(port) = door else { return self.shell().map(Either::Right) };
+        let port = match door {
+            Door::Port(port) => port,
+            Door::Shell => return self.shell().map(Either::Right),
+            Door::Egress => return Ok(Either::Right(self.streams_out.add())),
+        };
         let connect = |address: SocketAddr| TcpStream::connect(address);
         let stream = match connect((Ipv4Addr::LOCALHOST, port.get()).into()).await {
             Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => connect((Ipv6Addr::LOCALHOST, port.get()).into()).await?,
@@ -166,7 +199,7 @@ impl Guest for Agent {
     }
 
     fn reset(&self, connection: Self::Conn) {
-        // A shell's client is gone one way or the other.
+        // A pipe that is dropped unfinished is one that is reset.
         let Either::Left(connection) = connection else { return };
         // Without it the app would see an orderly end. It fails only on a socket that is gone, which is as good.
         let _ = connection.set_zero_linger();
@@ -195,6 +228,7 @@ impl Guest for Agent {
     }
 
     async fn restored(&self, restored: &Restored) -> Result<(), String> {
-        machine::wake_up(restored).map_err(|error| error.to_string())
+        machine::wake_up(restored).map_err(|error| error.to_string())?;
+        self.lead_out(restored.egress)
     }
 }

@@ -102,6 +102,7 @@ pub(crate) async fn run(spec: &AppSpec, program: String, role: Role, cgroup: Own
         failure,
         cgroup,
         nofile: NOFILE,
+        capabilities: spec.rights.capabilities,
     };
     let pid = sys::launch(&launch).map_err(system("making a process"))?;
     // This process's copies of the write ends: the pipes must end with the app.

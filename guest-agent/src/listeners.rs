@@ -7,6 +7,8 @@ use std::{
 
 use model::Port;
 
+use crate::egress::STUB;
+
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
 const LONGEST_PAUSE: Duration = Duration::from_millis(250);
 
@@ -32,12 +34,17 @@ pub(crate) async fn ready(exposed: &[Port], limit: Duration) -> Option<Port> {
     }
 }
 
-/// The local ports of a `/proc/net/tcp` list whose state is LISTEN (0A).
+/// The local ports of a `/proc/net/tcp` list whose state is LISTEN (0A), but for the agent's own.
 fn listening(list: &str) -> impl Iterator<Item = Port> {
     list.lines().skip(1).filter_map(|line| {
         let mut fields = line.split_ascii_whitespace().skip(1);
         let (local, state) = (fields.next()?, fields.nth(1)?);
-        let port = u16::from_str_radix(local.rsplit_once(':')?.1, 16).ok()?;
+        let (address, port) = local.rsplit_once(':')?;
+        // As the kernel prints an address: a number of the machine's byte order.
+        if u32::from_str_radix(address, 16).is_ok_and(|number| number.to_ne_bytes() == STUB.octets()) {
+            return None;
+        }
+        let port = u16::from_str_radix(port, 16).ok()?;
         if state == "0A" { Port::new(port) } else { None }
     })
 }
@@ -51,7 +58,8 @@ mod tests {
         let v4 = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n\
             \x20  0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 1 1 0 100 0 0 10 0\n\
             \x20  1: 0100007F:0050 0100007F:ABCD 01 00000000:00000000 00:00000000 00000000     0        0 1 1 0 20 4 30 10 -1\n\
-            \x20  2: rubbish\n";
+            \x20  2: rubbish\n\
+            \x20  3: 3535FEA9:0001 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 1 1 0 100 0 0 10 0\n";
         let v6 = "  sl  local_address                         remote_address                        st\n\
             \x20  0: 00000000000000000000000000000000:0BB8 00000000000000000000000000000000:0000 0A 0 0 0\n";
         assert_eq!(listening(v4).map(Port::get).collect::<Vec<_>>(), [8080]);

@@ -8,16 +8,18 @@ use std::{
     time::{Duration, Instant},
 };
 
+use model::Egress;
 use protocol::agent::Restored;
 use rustix::mount::{MountFlags, mount, mount_move};
 
-use crate::{cgroup, sys};
+use crate::{cgroup, egress::STUB, sys};
 
 /// Where the initramfs has the modules, and the files that list them in the order of loading: for virtio devices on PCI, and
 /// for those that ACPI announces as memory windows.
 const MODULES: &str = "/modules";
 const PCI_ORDER: &str = "/modules/order";
 const MMIO_ORDER: &str = "/modules/order.mmio";
+const FUSE: &str = "/modules/order.fuse";
 /// How ACPI names a virtio-mmio window.
 const MMIO_ACPI_ID: &str = "LNRO0005";
 const NEW_ROOT: &str = "/newroot";
@@ -79,7 +81,10 @@ fn mount_on(what: &str, at: &str, flags: MountFlags, options: &str) -> Result<()
 
 /// Loads what the initramfs lists for this machine's bus. A module that is loaded or built in already is no fault.
 pub(crate) fn load_modules() -> Result<(), SetupError> {
-    let order = if has_mmio_devices() { MMIO_ORDER } else { PCI_ORDER };
+    load(if has_mmio_devices() { MMIO_ORDER } else { PCI_ORDER })
+}
+
+fn load(order: &str) -> Result<(), SetupError> {
     let listed = fs::read_to_string(order).doing(|| format!("reading {order}"))?;
     for name in listed.lines().filter(|line| !line.is_empty()) {
         let path = format!("{MODULES}/{name}");
@@ -90,6 +95,11 @@ pub(crate) fn load_modules() -> Result<(), SetupError> {
         }
     }
     Ok(())
+}
+
+/// For an app that may mount: the rest of the modules is out of sight for it. `/dev/fuse` is there afterwards.
+pub(crate) fn load_fuse() -> Result<(), SetupError> {
+    load(FUSE)
 }
 
 fn has_mmio_devices() -> bool {
@@ -129,7 +139,7 @@ pub(crate) async fn switch_root() -> Result<(), SetupError> {
 }
 
 /// What programs expect to find, where the image does not have it.
-pub(crate) fn furnish() -> Result<(), SetupError> {
+pub(crate) fn furnish(egress: Egress) -> Result<(), SetupError> {
     rustix::system::sethostname(HOSTNAME.as_bytes()).doing(|| "setting the hostname".to_owned())?;
     sys::loopback_up().doing(|| "bringing up the loopback interface".to_owned())?;
     let tmp = Path::new("/tmp");
@@ -139,7 +149,11 @@ pub(crate) fn furnish() -> Result<(), SetupError> {
     fs::set_permissions(tmp, fs::Permissions::from_mode(0o1777)).doing(|| "opening /tmp to all".to_owned())?;
     fs::create_dir_all("/etc").doing(|| "making /etc".to_owned())?;
     let hosts = format!("127.0.0.1 localhost {HOSTNAME}\n::1 localhost ip6-localhost ip6-loopback {HOSTNAME}\n");
-    for (path, text) in [("/etc/hosts", hosts.as_str()), ("/etc/resolv.conf", "# This microVM has no name server.\n"), ("/etc/hostname", "microvm\n")] {
+    let names = match egress {
+        Egress::Internet => format!("nameserver {STUB}\n"),
+        Egress::Nothing => "# This microVM has no name server.\n".to_owned(),
+    };
+    for (path, text) in [("/etc/hosts", hosts.as_str()), ("/etc/resolv.conf", &names), ("/etc/hostname", "microvm\n")] {
         // Builders leave empty files where they mounted theirs.
         if fs::metadata(path).map_or(true, |file| file.is_file() && file.len() == 0) {
             // A dangling link of the image (systemd-resolved's) is replaced by a file.

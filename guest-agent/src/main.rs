@@ -1,17 +1,19 @@
 //! PID 1 in the guest: the `/init` of the initramfs, and the guest's end of the channel for the rest of the guest's life.
 //!
 //! Owns: mounts, kernel modules, the app's process, its cgroup and namespaces, shells beside it, the guest's clock and entropy. Never
-//! trusts the app (it lives in namespaces and a cgroup of its own and cannot signal the agent), never speaks to the
-//! network beyond loopback, and knows nothing of snapshots but that it is told when it wakes up in one.
+//! trusts the app (it lives in namespaces and a cgroup of its own and cannot signal the agent), leads what
+//! the app connects to out to the host and decides nothing about it, and knows nothing of snapshots but that it is told when it wakes up in one.
 //!
 //! One thread: everything here waits for something else. Unsafe code is in [`sys`] only.
 
 mod agent;
 mod app;
 mod cgroup;
+mod egress;
 mod host;
 mod listeners;
 mod machine;
+mod pipe;
 mod port;
 mod shell;
 mod sys;

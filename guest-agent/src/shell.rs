@@ -15,7 +15,7 @@ use futures::{SinkExt, Stream, StreamExt};
 use protocol::agent::AppSpec;
 use rustix::process::{Pid, PidfdFlags, Signal};
 use serde::Deserialize;
-use tokio::io::{AsyncWriteExt, DuplexStream};
+use tokio::io::AsyncWriteExt;
 use tokio_tungstenite::{
     accept_async_with_config,
     tungstenite::{
@@ -27,6 +27,7 @@ use tokio_tungstenite::{
 use crate::{
     app::{self, StartError},
     cgroup::AppCgroup,
+    pipe::{self, Pipe},
     sys::{self, Role},
     terminal::Terminal,
 };
@@ -70,8 +71,8 @@ impl World {
 }
 
 /// A client's connection to a new shell, and what serves it.
-pub(crate) fn open(world: World) -> (DuplexStream, impl Future<Output = ()>) {
-    let (theirs, ours) = tokio::io::duplex(STREAM_BYTES);
+pub(crate) fn open(world: World) -> (Pipe, impl Future<Output = ()>) {
+    let (theirs, ours) = pipe::pair(STREAM_BYTES);
     (theirs, async move {
         if let Err(error) = serve(ours, world).await {
             crate::say!("a shell's client broke off: {error}");
@@ -79,7 +80,7 @@ pub(crate) fn open(world: World) -> (DuplexStream, impl Future<Output = ()>) {
     })
 }
 
-async fn serve(io: DuplexStream, world: World) -> tungstenite::Result<()> {
+async fn serve(io: Pipe, world: World) -> tungstenite::Result<()> {
     let config = WebSocketConfig::default()
         .read_buffer_size(PIECE_BYTES)
         .write_buffer_size(0)
@@ -257,6 +258,7 @@ mod tests {
             workdir: "/srv".to_owned(),
             user: "web".to_owned(),
             exposed: Vec::new(),
+            rights: Default::default(),
         };
         let expected = [("PATH", "/opt/bin:/bin"), ("AWS_REGION", "eu-west-1"), ("TERM", "xterm"), ("HOME", "/root"), ("PS1", "λ $ ")];
         assert_eq!(environment(&spec), env(&expected));

@@ -8,11 +8,14 @@ use std::{
     ptr,
 };
 
+use model::Capabilities;
 use rustix::{
-    mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount},
+    mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, mount_remount, unmount},
     net::{AddressFamily, SocketFlags, SocketType},
     process::{Gid, Pid, Resource, Rlimit, Uid},
-    thread::{LinkNameSpaceType, ThreadNameSpaceType, move_into_link_name_space, move_into_thread_name_spaces},
+    thread::{
+        CapabilitySet, LinkNameSpaceType, ThreadNameSpaceType, move_into_link_name_space, move_into_thread_name_spaces, remove_capability_from_bounding_set,
+    },
 };
 use tokio::io::{Interest, unix::AsyncFd};
 
@@ -108,6 +111,229 @@ pub(crate) fn accept_vsock(listener: &OwnedFd) -> io::Result<(OwnedFd, u32)> {
     Ok((socket, address.svm_cid))
 }
 
+/// Makes every IPv4 address one of this machine's, or not any more: `ip route replace local 0.0.0.0/0 dev lo`.
+pub(crate) fn route_all_to_loopback(on: bool) -> io::Result<()> {
+    // linux/rtnetlink.h: a header, a struct rtmsg, and one attribute, all in the machine's byte order.
+    const RTM_NEWROUTE: u16 = 24;
+    const RTM_DELROUTE: u16 = 25;
+    const REQUEST_ACK: u16 = 0x1 | 0x4;
+    const CREATE_REPLACE: u16 = 0x400 | 0x100;
+    const RT_TABLE_LOCAL: u8 = 255;
+    const RTPROT_STATIC: u8 = 4;
+    const RT_SCOPE_HOST: u8 = 254;
+    const RTN_LOCAL: u8 = 2;
+    const RTA_OIF: u16 = 4;
+    const NLMSG_ERROR: u16 = 2;
+    /// Of the loopback interface, in every network namespace.
+    const LOOPBACK: u32 = 1;
+    let (kind, flags) = if on { (RTM_NEWROUTE, REQUEST_ACK | CREATE_REPLACE) } else { (RTM_DELROUTE, REQUEST_ACK) };
+    let mut message = Vec::with_capacity(36);
+    message.extend(36_u32.to_ne_bytes());
+    message.extend(kind.to_ne_bytes());
+    message.extend(flags.to_ne_bytes());
+    message.extend([0; 8]);
+    message.extend([libc::AF_INET as u8, 0, 0, 0, RT_TABLE_LOCAL, RTPROT_STATIC, RT_SCOPE_HOST, RTN_LOCAL]);
+    message.extend([0; 4]);
+    message.extend(8_u16.to_ne_bytes());
+    message.extend(RTA_OIF.to_ne_bytes());
+    message.extend(LOOPBACK.to_ne_bytes());
+    // NETLINK_ROUTE is the protocol 0.
+    let socket = rustix::net::socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, None)?;
+    rustix::net::send(&socket, &message, rustix::net::SendFlags::empty())?;
+    let mut answer = [0; 256];
+    let (read, _) = rustix::net::recv(&socket, &mut answer[..], rustix::net::RecvFlags::empty())?;
+    let answer = &answer[..read];
+    let word = |at: usize| answer.get(at..at + 4).and_then(|bytes| bytes.try_into().ok()).map(i32::from_ne_bytes);
+    if answer.get(4..6) != Some(&NLMSG_ERROR.to_ne_bytes()) {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    match word(16) {
+        Some(0) => Ok(()),
+        Some(error) if !on && -error == libc::ESRCH => Ok(()),
+        Some(error) => Err(io::Error::from_raw_os_error(-error)),
+        None => Err(io::ErrorKind::InvalidData.into()),
+    }
+}
+
+/// Leads every TCP connection over IPv4 to one listener, whatever its port, but for those to 127.0.0.0/8. Ends with its drop.
+pub(crate) struct SkLookup {
+    _link: OwnedFd,
+}
+
+/// `struct bpf_insn`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Instruction {
+    op: u8,
+    /// Destination in the low half, source in the high one.
+    registers: u8,
+    offset: i16,
+    immediate: i32,
+}
+
+impl SkLookup {
+    /// For this network namespace.
+    pub fn attach(listener: &std::net::TcpListener) -> io::Result<Self> {
+        /// linux/bpf.h: commands, and what is made.
+        const MAP_CREATE: libc::c_int = 0;
+        const MAP_UPDATE_ELEM: libc::c_int = 2;
+        const PROG_LOAD: libc::c_int = 5;
+        const LINK_CREATE: libc::c_int = 28;
+        const MAP_TYPE_SOCKMAP: u32 = 15;
+        const PROG_TYPE_SK_LOOKUP: u32 = 30;
+        const ATTACH_SK_LOOKUP: u32 = 36;
+
+        #[repr(C)]
+        struct CreateMap {
+            kind: u32,
+            key_bytes: u32,
+            value_bytes: u32,
+            entries: u32,
+            flags: u32,
+        }
+        let map = bpf(MAP_CREATE, &CreateMap { kind: MAP_TYPE_SOCKMAP, key_bytes: 4, value_bytes: 8, entries: 1, flags: 0 })?;
+        let map = owned(map);
+
+        #[repr(C)]
+        struct LoadProgram {
+            kind: u32,
+            instructions: u32,
+            code: u64,
+            license: u64,
+            log_level: u32,
+            log_bytes: u32,
+            log: u64,
+            kernel: u32,
+            flags: u32,
+            name: [u8; 16],
+            interface: u32,
+            attach_kind: u32,
+        }
+        let code = lookup_program(map.as_raw_fd());
+        let load = LoadProgram {
+            kind: PROG_TYPE_SK_LOOKUP,
+            instructions: code.len() as u32,
+            code: code.as_ptr() as u64,
+            license: c"Apache-2.0".as_ptr() as u64,
+            log_level: 0,
+            log_bytes: 0,
+            log: 0,
+            kernel: 0,
+            flags: 0,
+            name: *b"egress\0\0\0\0\0\0\0\0\0\0",
+            interface: 0,
+            attach_kind: ATTACH_SK_LOOKUP,
+        };
+        let program = owned(bpf(PROG_LOAD, &load)?);
+
+        #[repr(C)]
+        struct Update {
+            map: u32,
+            _padding: u32,
+            key: u64,
+            value: u64,
+            flags: u64,
+        }
+        let (key, value) = (0_u32, listener.as_raw_fd() as u64);
+        bpf(MAP_UPDATE_ELEM, &Update { map: map.as_raw_fd() as u32, _padding: 0, key: (&raw const key) as u64, value: (&raw const value) as u64, flags: 0 })?;
+
+        #[repr(C)]
+        struct CreateLink {
+            program: u32,
+            target: u32,
+            attach_kind: u32,
+            flags: u32,
+        }
+        let namespace = std::fs::File::open("/proc/self/ns/net")?;
+        let link = CreateLink { program: program.as_raw_fd() as u32, target: namespace.as_raw_fd() as u32, attach_kind: ATTACH_SK_LOOKUP, flags: 0 };
+        Ok(Self { _link: owned(bpf(LINK_CREATE, &link)?) })
+    }
+}
+
+/// bpf(2). Every attribute type here is plain numbers without padding that is not named; those that are addresses lead to what
+/// the caller keeps for the call.
+fn bpf<T>(command: libc::c_int, attributes: &T) -> io::Result<libc::c_int> {
+    // SAFETY: the kernel reads size_of::<T>() bytes at the pointer, and what the attributes point to; the only memory it would
+    // write is a log, and none is asked for.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, ptr::from_ref(attributes), size_of::<T>()) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result as libc::c_int) }
+}
+
+fn owned(fd: libc::c_int) -> OwnedFd {
+    // SAFETY: bpf(2) has just made the descriptor, and nobody else knows it.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+/// The program. In C:
+///
+/// ```text
+/// if (ctx->family == AF_INET && ctx->protocol == IPPROTO_TCP && first octet of ctx->local_ip4 != 127) {
+///     sk = bpf_map_lookup_elem(&map, &0);
+///     if (sk) { bpf_sk_assign(ctx, sk, 0); bpf_sk_release(sk); }
+/// }
+/// return SK_PASS;
+/// ```
+fn lookup_program(map: libc::c_int) -> Vec<Instruction> {
+    // Classes, modes and operations of linux/bpf.h and linux/bpf_common.h, as far as used.
+    const LOAD_WORD: u8 = 0x61;
+    const STORE_WORD: u8 = 0x62;
+    const LOAD_MAP: u8 = 0x18;
+    const MOVE: u8 = 0xbf;
+    const SET: u8 = 0xb7;
+    const ADD: u8 = 0x07;
+    const AND: u8 = 0x57;
+    const UNLESS_EQUAL: u8 = 0x55;
+    const IF_EQUAL: u8 = 0x15;
+    const CALL: u8 = 0x85;
+    const EXIT: u8 = 0x95;
+    const FROM_MAP_FD: u8 = 1;
+    const MAP_LOOKUP_ELEM: i32 = 1;
+    const SK_RELEASE: i32 = 86;
+    const SK_ASSIGN: i32 = 124;
+    const SK_PASS: i32 = 1;
+    // Of struct bpf_sk_lookup.
+    const FAMILY: i16 = 8;
+    const PROTOCOL: i16 = 12;
+    const LOCAL_IP4: i16 = 40;
+    let new = |op, destination: u8, source: u8, offset, immediate| Instruction { op, registers: destination | source << 4, offset, immediate };
+    /// Stands for the way to the end until it is known.
+    const TO_THE_END: i16 = i16::MAX;
+    let mut program = vec![
+        new(MOVE, 6, 1, 0, 0),
+        new(LOAD_WORD, 2, 6, FAMILY, 0),
+        new(UNLESS_EQUAL, 2, 0, TO_THE_END, libc::AF_INET),
+        new(LOAD_WORD, 2, 6, PROTOCOL, 0),
+        new(UNLESS_EQUAL, 2, 0, TO_THE_END, libc::IPPROTO_TCP),
+        // In the order of the network: the first octet is the lowest.
+        new(LOAD_WORD, 2, 6, LOCAL_IP4, 0),
+        new(AND, 2, 0, 0, 0xff),
+        new(IF_EQUAL, 2, 0, TO_THE_END, 127),
+        new(STORE_WORD, 10, 0, -4, 0),
+        new(LOAD_MAP, 1, FROM_MAP_FD, 0, map),
+        new(0, 0, 0, 0, 0),
+        new(MOVE, 2, 10, 0, 0),
+        new(ADD, 2, 0, 0, -4),
+        new(CALL, 0, 0, 0, MAP_LOOKUP_ELEM),
+        new(IF_EQUAL, 0, 0, TO_THE_END, 0),
+        new(MOVE, 7, 0, 0, 0),
+        new(MOVE, 1, 6, 0, 0),
+        new(MOVE, 2, 7, 0, 0),
+        new(SET, 3, 0, 0, 0),
+        new(CALL, 0, 0, 0, SK_ASSIGN),
+        new(MOVE, 1, 7, 0, 0),
+        new(CALL, 0, 0, 0, SK_RELEASE),
+        new(SET, 0, 0, 0, SK_PASS),
+        new(EXIT, 0, 0, 0, 0),
+    ];
+    let end = program.len() as i16 - 2;
+    for (at, instruction) in (0..).zip(&mut program) {
+        if instruction.offset == TO_THE_END {
+            instruction.offset = end - at - 1;
+        }
+    }
+    program
+}
+
 fn check(result: libc::c_int) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
@@ -144,6 +370,7 @@ pub(crate) struct Launch {
     pub failure: OwnedFd,
     pub cgroup: OwnedFd,
     pub nofile: Rlimit,
+    pub capabilities: Capabilities,
 }
 
 /// What a process that could not become the app was doing.
@@ -246,7 +473,7 @@ fn pointers(strings: &[CString]) -> Vec<*const libc::c_char> {
 fn become_program(launch: &Launch, argv: &[*const libc::c_char], env: &[*const libc::c_char]) -> Result<Infallible, Failure> {
     let at = |step| move |error: rustix::io::Errno| Failure { step, errno: error.raw_os_error() };
     match &launch.role {
-        Role::App { .. } => namespaces(),
+        Role::App { .. } => namespaces(launch.capabilities),
         Role::Shell { app, .. } => move_into_thread_name_spaces(app.as_fd(), ThreadNameSpaceType::MOUNT | ThreadNameSpaceType::CONTROL_GROUP),
     }
     .map_err(at(Step::Namespaces))?;
@@ -257,7 +484,7 @@ fn become_program(launch: &Launch, argv: &[*const libc::c_char], env: &[*const l
     Err(Failure { step: Step::Exec, errno: exec(&launch.candidates, argv, env) })
 }
 
-fn namespaces() -> rustix::io::Result<()> {
+fn namespaces(capabilities: Capabilities) -> rustix::io::Result<()> {
     // In the app's cgroup already, so that this cgroup becomes the root the app sees; it cannot leave what it cannot name.
     // SAFETY: CLONE_NEWCGROUP changes what this process sees of the cgroups; nothing in this process depends on it.
     if unsafe { libc::unshare(libc::CLONE_NEWCGROUP) } < 0 {
@@ -268,7 +495,12 @@ fn namespaces() -> rustix::io::Result<()> {
     mount(c"proc", c"/proc", c"proc", flags, None)?;
     // The kernel refuses the same file system twice in one place.
     unmount(c"/sys/fs/cgroup", UnmountFlags::DETACH)?;
-    mount(c"cgroup2", c"/sys/fs/cgroup", c"cgroup2", flags, None)
+    mount(c"cgroup2", c"/sys/fs/cgroup", c"cgroup2", flags, None)?;
+    match capabilities {
+        Capabilities::All => Ok(()),
+        // As Docker has it: a root without the capabilities could still write there what its files' modes allow.
+        Capabilities::Usual => mount_remount(c"/sys/fs/cgroup", flags | MountFlags::BIND | MountFlags::RDONLY, c""),
+    }
 }
 
 fn limits(launch: &Launch) -> rustix::io::Result<()> {
@@ -301,7 +533,44 @@ fn limits(launch: &Launch) -> rustix::io::Result<()> {
     Ok(())
 }
 
+/// What root may do (capabilities(7)): the fourteen of Docker's default, `a80425fb`.
+const USUAL: CapabilitySet = CapabilitySet::CHOWN
+    .union(CapabilitySet::DAC_OVERRIDE)
+    .union(CapabilitySet::FOWNER)
+    .union(CapabilitySet::FSETID)
+    .union(CapabilitySet::KILL)
+    .union(CapabilitySet::SETGID)
+    .union(CapabilitySet::SETUID)
+    .union(CapabilitySet::SETPCAP)
+    .union(CapabilitySet::NET_BIND_SERVICE)
+    .union(CapabilitySet::NET_RAW)
+    .union(CapabilitySet::SYS_CHROOT)
+    .union(CapabilitySet::MKNOD)
+    .union(CapabilitySet::AUDIT_WRITE)
+    .union(CapabilitySet::SETFCAP);
+
+/// Gives up for ever what is not given. What remains becomes root's by the exec, which looks at this set.
+fn bound(capabilities: Capabilities) -> rustix::io::Result<()> {
+    if capabilities == Capabilities::All {
+        return Ok(());
+    }
+    for number in 0..u64::BITS {
+        let capability = CapabilitySet::from_bits_retain(1 << number);
+        if USUAL.contains(capability) {
+            continue;
+        }
+        match remove_capability_from_bounding_set(capability) {
+            Ok(()) => {}
+            // Past the last that this kernel knows.
+            Err(rustix::io::Errno::INVAL) => break,
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
 fn user(launch: &Launch) -> rustix::io::Result<()> {
+    bound(launch.capabilities)?;
     // "Thread" is right: it is the plain system call, and this process has one thread.
     rustix::thread::set_thread_groups(&launch.groups)?;
     rustix::thread::set_thread_res_gid(launch.gid, launch.gid, launch.gid)?;

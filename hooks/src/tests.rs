@@ -46,7 +46,7 @@ struct Bench {
 impl Bench {
     async fn silent() -> Self {
         let (engine, dir, id) = (LoopbackEngine::new(), tempfile::tempdir().unwrap(), MicrovmId::random());
-        let spec = LaunchSpec { id, dir: dir.path().to_owned(), image_dir: dir.path().to_owned(), identity: Default::default() };
+        let spec = LaunchSpec { id, dir: dir.path().to_owned(), image_dir: dir.path().to_owned(), identity: Default::default(), egress: Default::default() };
         let vm = engine.launch(spec).await.unwrap().vm;
         Self { engine, id, vm, heard: Arc::default(), _dir: dir }
     }

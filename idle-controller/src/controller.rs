@@ -16,7 +16,7 @@ use std::{
 use arc_swap::ArcSwapOption;
 use dashmap::DashMap;
 use futures::StreamExt;
-use model::{Clock, EndpointId, Generation, IdlePolicy, ImageName, ImageVersion, MAX_DURATION, MemorySize, MicrovmId, Usage, chain};
+use model::{Clock, Egress, EndpointId, Generation, IdlePolicy, ImageName, ImageVersion, MAX_DURATION, MemorySize, MicrovmId, Usage, chain};
 use parking_lot::Mutex;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -71,6 +71,8 @@ pub struct RunSpec {
     pub max_duration: Duration,
     /// See `LaunchSpec::identity`.
     pub identity: BTreeMap<String, String>,
+    /// Where it may connect to.
+    pub egress: Egress,
     /// Opaque to the controller: what the API wants to remember of the request, as JSON.
     pub request: serde_json::Value,
     /// Its size, for what its use is measured by.
@@ -401,6 +403,7 @@ async fn take(node: &Arc<Node>, spec: RunSpec, ticket: Ticket) -> Result<Microvm
         idle: spec.idle,
         max_duration,
         identity: spec.identity,
+        egress: spec.egress,
         request: spec.request,
         keep_output: spec.keep_output,
         size: spec.size,
@@ -449,6 +452,7 @@ mod tests {
             idle: Some(IdlePolicy { max_idle: Duration::from_secs(60), suspended: Duration::from_secs(60), auto_resume: true }),
             max_duration: MAX_DURATION,
             identity: BTreeMap::new(),
+            egress: Egress::default(),
             request: serde_json::Value::Null,
             size: MemorySize::DEFAULT,
             keep_output: true,

@@ -88,7 +88,7 @@ pub(crate) async fn launch(node: Arc<Node>, record: Record, cancel: Cancellation
         blocking_io(move || fresh_dir(&made, record.keep_output))
             .await
             .map_err(|source| EngineError::Failed { doing: format!("making {}", dir.display()), source: Box::new(source) })?;
-        let spec = LaunchSpec { id: record.id, dir, image_dir: record.image_dir, identity: record.identity };
+        let spec = LaunchSpec { id: record.id, dir, image_dir: record.image_dir, identity: record.identity, egress: record.egress };
         node.engine.launch(spec).await
     })
     .await
@@ -103,6 +103,7 @@ pub(crate) async fn restore(node: Arc<Node>, record: Record, predecessor: Option
         generation: record.generation.next(),
         predecessor,
         identity: record.identity,
+        egress: record.egress,
     };
     in_turn(&node, cancel, node.engine.restore(spec)).await
 }

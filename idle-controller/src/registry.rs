@@ -16,7 +16,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use model::{EndpointId, Generation, IdlePolicy, ImageName, ImageVersion, MemorySize, MicrovmId, Usage};
+use model::{Egress, EndpointId, Generation, IdlePolicy, ImageName, ImageVersion, MemorySize, MicrovmId, Usage};
 use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::sync::{mpsc, oneshot};
@@ -53,6 +53,9 @@ pub(crate) struct Record {
     pub(crate) idle: Option<IdlePolicy>,
     pub(crate) max_duration: Duration,
     pub(crate) identity: BTreeMap<String, String>,
+    /// Records of older programs lack it; their guests had no network.
+    #[serde(default)]
+    pub(crate) egress: Egress,
     pub(crate) request: serde_json::Value,
     /// Records of older programs lack it; they kept all output.
     #[serde(default = "yes")]
@@ -358,6 +361,7 @@ mod tests {
             idle: Some(IdlePolicy { max_idle: Duration::from_secs(60), suspended: Duration::from_millis(1500), auto_resume: true }),
             max_duration: Duration::from_secs(28_800),
             identity: BTreeMap::from([("AWS_REGION".to_owned(), "eu-north-1".to_owned())]),
+            egress: Egress::Internet,
             request: serde_json::json!({"clientToken": "t", "tags": [1, null]}),
             keep_output: false,
             size: MemorySize::DEFAULT,

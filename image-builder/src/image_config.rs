@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 
-use model::Port;
+use model::{Port, Rights};
 use protocol::agent::AppSpec;
 use serde::Deserialize;
 
@@ -71,7 +71,7 @@ pub(crate) fn app(config: ImageConfig, passwd: &str, exposed_order: &[u16]) -> R
     let mut exposed: Vec<Port> = config.exposed_ports.unwrap_or_default().keys().filter_map(|key| tcp_port(key)).collect();
     exposed.sort_by_key(|port| (exposed_order.iter().position(|other| *other == port.get()).unwrap_or(usize::MAX), *port));
     let workdir = if config.working_dir.is_empty() { "/".to_owned() } else { config.working_dir };
-    Ok(AppSpec { argv, env, workdir, user: config.user, exposed })
+    Ok(AppSpec { argv, env, workdir, user: config.user, exposed, rights: Rights::default() })
 }
 
 /// Sets a variable in place, or adds it; an empty name is not one.

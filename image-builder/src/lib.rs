@@ -21,7 +21,7 @@ mod sandbox;
 
 use std::{collections::BTreeMap, path::PathBuf, time::SystemTime};
 
-use model::{Hooks, ImageName, ImageVersion, MemorySize, Shape};
+use model::{Hooks, ImageName, ImageVersion, MemorySize, Rights, Shape};
 
 pub use base::{BaseError, ensure_base};
 pub use catalog::Catalog;
@@ -61,6 +61,8 @@ pub struct BuildRequest {
     pub memory: MemorySize,
     /// Variables added to the image's ENV.
     pub environment: BTreeMap<String, String>,
+    /// What the app may do.
+    pub rights: Rights,
     /// Which hooks of the app are called, by the build and by the microVMs of the image.
     pub hooks: Option<Hooks>,
     /// The image's tags, if the image is new.

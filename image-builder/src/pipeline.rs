@@ -87,6 +87,7 @@ pub(crate) async fn run(inputs: Inputs<'_>) -> Result<Port, Stop> {
     for (name, value) in &request.environment {
         image_config::set(&mut root.app.env, name, value);
     }
+    root.app.rights = request.rights;
     let app = root.app;
     let mut guest = Guest { engine, workspace, log, app: &app, hooks: request.hooks, cancel };
     let port = guest.boot_and_capture(label, shape, snapshot.clone(), ready_timeout).await?;
@@ -175,7 +176,7 @@ impl Guest<'_> {
         let dir = self.workspace.validation();
         std::fs::create_dir_all(&dir).map_err(|error| failure::internal(format!("making {} failed: {error}", dir.display())))?;
         // The variables that a microVM is told at its start are in the image already.
-        let spec = LaunchSpec { id: MicrovmId::random(), dir: dir.clone(), image_dir: snapshot.to_owned(), identity: Default::default() };
+        let spec = LaunchSpec { id: MicrovmId::random(), dir: dir.clone(), image_dir: snapshot.to_owned(), identity: Default::default(), egress: self.app.rights.egress };
         let launched = self.unless_cancelled(self.engine.launch(spec)).await?;
         let vm = launched.map_err(|error| engine_failure(&error, self.app, &copy_app_log(&dir, self.log)))?.vm;
         let called = self.unless_cancelled(hooks::call(vm.as_ref(), hooks, Hook::Validate, None)).await;
@@ -254,7 +255,7 @@ mod tests {
 
     fn message(error: EngineError, exposed: &[u16], printed: &[&str]) -> BuildFailure {
         let exposed = exposed.iter().filter_map(|port| Port::new(*port)).collect();
-        let app = AppSpec { argv: vec!["python3".into(), "app.py".into()], env: vec![], workdir: "/".into(), user: String::new(), exposed };
+        let app = AppSpec { argv: vec!["python3".into(), "app.py".into()], env: vec![], workdir: "/".into(), user: String::new(), exposed, rights: Default::default() };
         let mut output = Tail::default();
         printed.iter().for_each(|line| output.push(line));
         match engine_failure(&error, &app, &output) {

@@ -42,7 +42,7 @@ impl Guests {
     fn host(&self, name: &str) -> Result<HostConfig> {
         let GuestKit { kernel, initrd, fingerprint } = guest_kit::assemble(&self.kernel_dir, &self.agent, &self.dir.join(name).join("kit"))?;
         let pool = PoolConfig { per_image: 2, total: 4 };
-        Ok(HostConfig { kernel, initrd, guest_fingerprint: fingerprint, run_dir: self.dir.join(name).join("run"), pool, limits: Limits::default(), log_bytes: DEFAULT_LOG_BYTES })
+        Ok(HostConfig { kernel, initrd, guest_fingerprint: fingerprint, run_dir: self.dir.join(name).join("run"), pool, limits: Limits::default(), egress: Default::default(), log_bytes: DEFAULT_LOG_BYTES })
     }
 
     pub async fn qemu(&self) -> Result<QemuEngine> {
@@ -70,7 +70,7 @@ impl Guests {
 
 fn app() -> AppSpec {
     let env = [("PATH", "/bin"), ("HOME", "/root")].map(|(name, value)| (name.to_owned(), value.to_owned())).into();
-    AppSpec { argv: vec!["/app".into()], env, workdir: "/".into(), user: String::new(), exposed: vec![Port::DEFAULT] }
+    AppSpec { argv: vec!["/app".into()], env, workdir: "/".into(), user: String::new(), exposed: vec![Port::DEFAULT], rights: Default::default() }
 }
 
 async fn get(vm: &dyn Vm, path: &str) -> Result<String> {
@@ -106,7 +106,7 @@ impl Microvm {
         let id = MicrovmId::random();
         let dir = dir.join(id.to_string());
         fs::create_dir(&dir)?;
-        let spec = LaunchSpec { id, dir: dir.clone(), image_dir: image_dir.to_owned(), identity: BTreeMap::new() };
+        let spec = LaunchSpec { id, dir: dir.clone(), image_dir: image_dir.to_owned(), identity: BTreeMap::new(), egress: Default::default() };
         let Started { vm, phases, .. } = engine.launch(spec).await?;
         Ok((Self { id, dir, image_dir: image_dir.to_owned(), generation: Generation(0), vm }, phases))
     }
@@ -127,6 +127,7 @@ impl Microvm {
             generation: self.generation,
             predecessor: Some(self.vm.clone()),
             identity: BTreeMap::new(),
+            egress: Default::default(),
         };
         let Started { vm, phases, .. } = engine.restore(spec).await?;
         self.vm = vm;

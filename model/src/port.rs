@@ -54,6 +54,8 @@ pub enum Door {
     Port(Port),
     /// A shell of the guest agent's, which speaks WebSocket (aws-behaviour §2.1).
     Shell,
+    /// A way out: the agent says on it where to.
+    Egress,
 }
 
 impl From<Port> for Door {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use model::{Generation, Port};
+use model::{Egress, Generation, Port, Rights};
 use serde::{Deserialize, Serialize};
 
 /// What the guest agent starts: an OCI image's configuration, resolved.
@@ -18,6 +18,9 @@ pub struct AppSpec {
     pub user: String,
     /// EXPOSEd TCP ports, in order; the first one that listens means ready. Empty: any port that listens.
     pub exposed: Vec<Port>,
+    /// What it may do.
+    #[serde(default)]
+    pub rights: Rights,
 }
 
 /// What the host asks. Each is answered by exactly one [`Reply`].
@@ -48,6 +51,8 @@ pub struct Restored {
     pub generation: Generation,
     /// See `LaunchSpec::identity`.
     pub identity: BTreeMap<String, String>,
+    /// Where this microVM may connect to.
+    pub egress: Egress,
 }
 
 /// The agent's answer to a [`Request`].

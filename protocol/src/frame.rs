@@ -14,6 +14,7 @@
 //! its [`MARKER`].
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
+use model::{Door, Port};
 
 /// Bytes before a payload.
 pub const HEADER_BYTES: usize = 16;
@@ -47,7 +48,7 @@ pub enum Kind {
     Ack = 2,
     /// A request, a reply, an event. A message.
     Control = 3,
-    /// Host: connect this new stream to the port (u16) in the payload, or to a shell: 0, which is no port.
+    /// Host: connect this new stream to the port (u16) in the payload, or to a door that is none: 0, and one byte that says which.
     Open = 4,
     /// Guest: connected.
     Opened = 5,
@@ -88,6 +89,29 @@ pub struct Frame {
 /// Appends one frame. `payload` is at most [`MAX_PAYLOAD`] long; the callers cut it.
 pub fn put_frame(out: &mut BytesMut, kind: Kind, stream: u32, payload: &[u8]) {
     put(out, kind, stream, 0, payload);
+}
+
+/// Doors that are no port, behind the 0 that is none.
+const SHELL: u8 = 1;
+const EGRESS: u8 = 2;
+
+/// Appends the OPEN of a door.
+pub(crate) fn put_open(out: &mut BytesMut, stream: u32, door: Door) {
+    match door {
+        Door::Port(port) => put_frame(out, Kind::Open, stream, &port.get().to_le_bytes()),
+        Door::Shell => put_frame(out, Kind::Open, stream, &[0, 0, SHELL]),
+        Door::Egress => put_frame(out, Kind::Open, stream, &[0, 0, EGRESS]),
+    }
+}
+
+/// The door of an OPEN; `None` if its payload is none.
+pub(crate) fn read_door(payload: &[u8]) -> Option<Door> {
+    match *payload {
+        [low, high] => Port::new(u16::from_le_bytes([low, high])).map(Door::Port),
+        [0, 0, SHELL] => Some(Door::Shell),
+        [0, 0, EGRESS] => Some(Door::Egress),
+        _ => None,
+    }
 }
 
 /// Appends a message as as many frames as it needs, or answers `false` if it is longer than [`MAX_MESSAGE`].

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod agent;
+pub mod egress;
 pub mod frame;
 pub mod guest;
 pub mod link;

@@ -79,6 +79,9 @@ pub enum LinkError {
     /// The agent opens no shell: it has none to open, or too many are open.
     #[error("the guest agent does not open a shell")]
     NoShell,
+    /// The agent leads nothing out.
+    #[error("the guest agent takes no stream for the guest's connections")]
+    NoEgress,
 }
 
 impl From<Violation> for LinkError {
@@ -370,6 +373,7 @@ impl AgentLink {
             Ok(Answer::Refused) => Err(match door {
                 Door::Port(port) => LinkError::Refused(port),
                 Door::Shell => LinkError::NoShell,
+                Door::Egress => LinkError::NoEgress,
             }),
             Ok(Answer::Gone) => Err(LinkError::Closed),
             Err(_elapsed) => Err(LinkError::Timeout(limit)),

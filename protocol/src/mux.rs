@@ -16,12 +16,12 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
-use model::{Door, Port};
+use model::Door;
 use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::Notify;
 
 use crate::{
-    frame::{Frame, Kind, MAX_PAYLOAD, put_frame},
+    frame::{Frame, Kind, MAX_PAYLOAD, put_frame, read_door},
     stream::{Stream, Stage},
 };
 
@@ -391,8 +391,7 @@ impl Core {
         if self.side == Side::Host {
             return Err(Violation::Unexpected(Kind::Open));
         }
-        let number = payload.try_into().map(u16::from_le_bytes).map_err(|_| malformed)?;
-        let door = Port::new(number).map_or(Door::Shell, Door::Port);
+        let door = read_door(payload).ok_or(malformed)?;
         let key = self.key(id);
         if id == 0 || self.streams.contains_key(&key) {
             return Err(Violation::OpenedTwice(id));

@@ -13,7 +13,7 @@ use model::Door;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::{
-    frame::{Kind, MAX_PAYLOAD, put_frame},
+    frame::{Kind, MAX_PAYLOAD, put_frame, put_open},
     mux::{Key, Mux, Side, Violation, WINDOW, wait},
 };
 
@@ -183,11 +183,7 @@ impl Stream {
     pub fn emit(&mut self, id: u32, out: &mut BytesMut) -> usize {
         match self.stage {
             Stage::Unsent(door) => {
-                let number = match door {
-                    Door::Port(port) => port.get(),
-                    Door::Shell => 0,
-                };
-                put_frame(out, Kind::Open, id, &number.to_le_bytes());
+                put_open(out, id, door);
                 self.stage = Stage::Asked;
                 return 0;
             }

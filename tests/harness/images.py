@@ -54,7 +54,7 @@ def base_image_arn(region):
     return f"arn:aws:lambda:{region}:aws:microvm-image:al2023-1"
 
 
-def start_build(node, name, archive):
+def start_build(node, name, archive, **request):
     """Uploads the zip and asks for an image; returns its ARN while the build goes on."""
     s3 = node.client("s3")
     if BUCKET not in [bucket["Name"] for bucket in s3.list_buckets().get("Buckets", [])]:
@@ -67,6 +67,7 @@ def start_build(node, name, archive):
         baseImageArn=base_image_arn(client.meta.region_name),
         buildRoleArn=ROLE,
         resources=[{"minimumMemoryInMiB": MEMORY_MIB}],
+        **request,
     )
     assert answer["state"] == "CREATING", f"a new image should be CREATING, it is {answer['state']}"
     return answer["imageArn"]
@@ -86,9 +87,9 @@ def finish_build(node, arn):
     return arn
 
 
-def build(node, name, archive):
+def build(node, name, archive, **request):
     """Both, one after the other."""
-    return finish_build(node, start_build(node, name, archive))
+    return finish_build(node, start_build(node, name, archive, **request))
 
 
 def failure_reason(node, arn):

@@ -122,7 +122,7 @@ impl<'a> Suite<'a> {
         let id = MicrovmId::random();
         let dir = self.bench.work_dir().join(id.to_string());
         std::fs::create_dir(&dir).expect("the work directory is writable");
-        LaunchSpec { id, dir, image_dir: self.image_dir.clone(), identity: [("AWS_REGION".to_owned(), "here".to_owned())].into() }
+        LaunchSpec { id, dir, image_dir: self.image_dir.clone(), identity: [("AWS_REGION".to_owned(), "here".to_owned())].into(), egress: Default::default() }
     }
 
     /// A restore that goes on with the streams of the microVM that was suspended.
@@ -134,6 +134,7 @@ impl<'a> Suite<'a> {
             generation: subject.generation.next(),
             predecessor: Some(subject.vm.clone()),
             identity: Default::default(),
+            egress: Default::default(),
         }
     }
 

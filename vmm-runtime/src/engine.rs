@@ -12,7 +12,7 @@
 use std::{collections::BTreeMap, path::PathBuf, pin::Pin, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
-use model::{Door, Generation, MicrovmId, Port, Shape};
+use model::{Door, Egress, Generation, MicrovmId, Port, Shape};
 pub use protocol::agent::AppSpec;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -57,6 +57,8 @@ pub struct LaunchSpec {
     pub image_dir: PathBuf,
     /// Variables told to the guest agent at this restore (region, image name …), for what is started later.
     pub identity: BTreeMap<String, String>,
+    /// Where it may connect to.
+    pub egress: Egress,
 }
 
 /// Restore a suspended microVM from its newest committed snapshot.
@@ -76,6 +78,8 @@ pub struct RestoreSpec {
     pub predecessor: Option<Arc<dyn Vm>>,
     /// As in [`LaunchSpec::identity`].
     pub identity: BTreeMap<String, String>,
+    /// Where it may connect to.
+    pub egress: Egress,
 }
 
 /// How long each step of a launch or restore took, in order. The steps add up to the whole.

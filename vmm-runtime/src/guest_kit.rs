@@ -15,7 +15,7 @@ use sha2::{Digest as _, Sha256};
 /// What a guest's devices need, by the file in the initramfs that lists them; each is loaded after what it depends on. All
 /// are modules in Debian 12's cloud kernel. A guest loads one list, by the bus that its devices are on: a module that is
 /// loaded for nothing costs 10 ms where instructions are translated, and memory in every snapshot.
-const WANTED: [(&str, &[&str]); 2] = [
+const WANTED: [(&str, &[&str]); 3] = [
     // QEMU's machines.
     ("modules/order", &["virtio_pci", "virtio_blk", "virtio_console", "virtio_rng"]),
     // Our VMM's.
@@ -23,6 +23,8 @@ const WANTED: [(&str, &[&str]); 2] = [
         "modules/order.mmio",
         &["virtio_mmio", "virtio_blk", "virtio_rng", "vsock", "vmw_vsock_virtio_transport", "virtio_balloon", "virtio_net"],
     ),
+    // For apps with all capabilities.
+    ("modules/order.fuse", &["fuse"]),
 ];
 
 /// A kernel and its initramfs.

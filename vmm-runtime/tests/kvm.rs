@@ -109,7 +109,7 @@ async fn the_connection_to_the_agent_survives_a_sleep_and_a_dead_vmm_costs_nothi
     let vm = engine.launch(spec).await.unwrap_or_else(|error| panic!("{error}")).vm;
     let mut stream = vm.dial(ECHO).await.unwrap();
     assert!(!kept_its_channel(&vm));
-    let restored = RestoreSpec { id, dir: dir.clone(), image_dir, generation: Generation(1), predecessor: Some(vm.clone()), identity: Default::default() };
+    let restored = RestoreSpec { id, dir: dir.clone(), image_dir, generation: Generation(1), predecessor: Some(vm.clone()), identity: Default::default(), egress: Default::default() };
     echo(&mut stream, b"before").await;
     // More streams than a save can hand over, to somebody else than the agent.
     get(&vm, "vsock-echo/5000").await;
@@ -171,7 +171,7 @@ async fn each_microvm_has_limits_a_user_and_a_network_of_its_own(bench: &GuestBe
     }
     let LaunchSpec { id, dir, image_dir, .. } = specs[0].clone();
     assert!(matches!(vms[0].suspend(CancellationToken::new()).await, Ok(SuspendOutcome::Suspended(_))));
-    let restored = RestoreSpec { id, dir, image_dir, generation: Generation(1), predecessor: Some(vms[0].clone()), identity: Default::default() };
+    let restored = RestoreSpec { id, dir, image_dir, generation: Generation(1), predecessor: Some(vms[0].clone()), identity: Default::default(), egress: Default::default() };
     vms[0] = engine.restore(restored).await.unwrap_or_else(|error| panic!("{error}")).vm;
     if bench.start.net {
         let host = network_echo(&vms[0], "after the sleep ".to_owned());

@@ -37,7 +37,7 @@ impl Bench for LoopbackBench {
     }
 
     fn app(&self) -> AppSpec {
-        AppSpec { argv: vec!["/app".into()], env: Vec::new(), workdir: "/".into(), user: String::new(), exposed: vec![HTTP] }
+        AppSpec { argv: vec!["/app".into()], env: Vec::new(), workdir: "/".into(), user: String::new(), exposed: vec![HTTP], rights: Default::default() }
     }
 
     fn guests(&self) -> Guests {

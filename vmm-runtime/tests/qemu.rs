@@ -81,7 +81,7 @@ async fn a_host_that_misbehaves_hangs_nothing() {
     assert!(matches!(vm.suspend(CancellationToken::new()).await, Ok(SuspendOutcome::Suspended(_))));
 
     // A QEMU that dies: told with its reason, and the snapshot is as it was.
-    let spec = |generation| RestoreSpec { id, dir: dir.clone(), image_dir: image_dir.clone(), generation: Generation(generation), predecessor: None, identity: Default::default() };
+    let spec = |generation| RestoreSpec { id, dir: dir.clone(), image_dir: image_dir.clone(), generation: Generation(generation), predecessor: None, identity: Default::default(), egress: Default::default() };
     let vm = engine.restore(spec(1)).await.unwrap_or_else(|error| panic!("{error}")).vm;
     assert_eq!(get(&vm, "/count").await, "3");
     kill_process(pid(&vm), Signal::KILL).unwrap();

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use image_builder::{BuildRequest, CatalogError};
-use model::{ImageName, ImageVersion, MemorySize};
+use model::{Capabilities, ImageName, ImageVersion, MemorySize, Rights};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -34,6 +34,7 @@ struct Input {
     egress_network_connectors: Option<Vec<String>>,
     cpu_configurations: Option<Vec<CpuConfiguration>>,
     resources: Option<Vec<Resources>>,
+    additional_os_capabilities: Option<Vec<String>>,
     hooks: Option<Value>,
     environment_variables: Option<BTreeMap<String, String>>,
     tags: Option<Tags>,
@@ -95,6 +96,11 @@ async fn create(api: &Api, caller: &Caller, parsed: Input, mut input: Value) -> 
     if let Some((name, _)) = environment.iter().find(|(_, value)| value.contains('\0')) {
         return Err(ApiError::validation(format!("environmentVariables: the value of '{name}' contains a NUL")));
     }
+    let rights = Rights {
+        // The model knows one word, ALL.
+        capabilities: if parsed.additional_os_capabilities.is_none_or(|asked| asked.is_empty()) { Capabilities::Usual } else { Capabilities::All },
+        egress: api.place.egress(parsed.egress_network_connectors.as_deref().unwrap_or_default()),
+    };
     environment.extend(identity(api, &parsed.name, ImageVersion::FIRST));
     let located = artifact::locate(&parsed.code_artifact.uri, &api.config.s3_dir, api.config.allow_file_artifacts.then_some(&api.config.dir))?;
     // What the caller left to us is remembered as decided, so that every later answer says the same.
@@ -111,6 +117,7 @@ async fn create(api: &Api, caller: &Caller, parsed: Input, mut input: Value) -> 
         artifact: located.artifact,
         memory,
         environment,
+        rights,
         hooks,
         tags,
         request: serde_json::to_value(remembered).map_err(|cause| ApiError::internal("writing down a request", &cause))?,

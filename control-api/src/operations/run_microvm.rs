@@ -87,6 +87,7 @@ async fn run(api: &Api, caller: &Caller, input: Input) -> Result<Answer, ApiErro
         keep_output: remembered.logging.as_ref().is_none_or(log_names::keeps_output),
         identity: identity(api, &image),
         size: image.memory,
+        egress: api.place.egress(&remembered.egress_network_connectors),
         image: image.name,
         version: image.version,
         image_dir,

@@ -5,10 +5,19 @@ use std::time::SystemTime;
 
 use http::HeaderMap;
 use idle_controller::{Controller, MicrovmHandle};
-use model::{Door, Port};
+use model::Port;
 use token::{Claims, KeyRing, Refusal};
 
 use crate::{auth::extract, ports, reply::Reason, route::Route, websocket::Handshake};
+
+/// What of a guest a client may talk to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Door {
+    /// What the app listens on.
+    Port(Port),
+    /// The guest agent, which has a shell behind it.
+    Shell,
+}
 
 /// Proof that a request passed every check: its token is ours, in time, for this microVM and for this door of it.
 pub(crate) struct Permit {

@@ -144,6 +144,7 @@ impl Rig {
             idle,
             max_duration: Duration::from_secs(3600),
             identity: BTreeMap::new(),
+            egress: Default::default(),
             request: serde_json::Value::Null,
             size: model::MemorySize::DEFAULT,
             keep_output: true,

@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use model::Port;
+use model::{Port, Rights};
 use protocol::{
     agent::{AppSpec, Reply, Request},
     link::{AgentLink, Attach, LinkError, MuxStream},
@@ -160,12 +160,17 @@ impl Machine {
     }
 
     pub async fn start(&self, argv: &[&str], workdir: &str, user: &str) -> Result<Reply, LinkError> {
+        self.start_with(argv, workdir, user, Rights::default()).await
+    }
+
+    pub async fn start_with(&self, argv: &[&str], workdir: &str, user: &str, rights: Rights) -> Result<Reply, LinkError> {
         let spec = AppSpec {
             argv: argv.iter().map(|argument| (*argument).to_owned()).collect(),
             env: vec![("PATH".into(), "/bin:/usr/bin".into()), ("HOME".into(), "/root".into()), ("GREETING".into(), "hello world".into())],
             workdir: workdir.to_owned(),
             user: user.to_owned(),
             exposed: vec![port(PROBE)],
+            rights,
         };
         self.link.call(Request::Start(spec), LIMIT).await
     }

@@ -171,6 +171,7 @@ pub fn spec() -> RunSpec {
         idle: Some(idle(MINUTE, HOUR)),
         max_duration: 8 * HOUR,
         identity: BTreeMap::new(),
+        egress: Default::default(),
         request: serde_json::json!({"clientToken": "t-1"}),
         size: model::MemorySize::DEFAULT,
         keep_output: true,

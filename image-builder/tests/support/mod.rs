@@ -217,6 +217,7 @@ pub fn request(name: &str, artifact: Artifact) -> BuildRequest {
         artifact,
         memory: MemorySize::from_mib(512).unwrap(),
         environment: BTreeMap::from([("FROM_REQUEST".to_owned(), "yes".to_owned()), ("OVERRIDDEN".to_owned(), "by the request".to_owned())]),
+        rights: Default::default(),
         hooks: None,
         request: serde_json::json!({"description": "kept as it is"}),
     }

@@ -66,6 +66,7 @@ async fn serve(dir: &Path, settings: &serde_json::Value) -> Result<()> {
         idle: Some(IdlePolicy { max_idle: hour, suspended: hour, auto_resume: true }),
         max_duration: hour,
         identity: BTreeMap::new(),
+        egress: Default::default(),
         request: serde_json::Value::Null,
         size: model::MemorySize::DEFAULT,
         keep_output: true,

@@ -13,7 +13,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use crate::machine::*;
 
 fn spec(argument: String) -> AppSpec {
-    AppSpec { argv: vec![argument], env: vec![], workdir: "/".to_owned(), user: String::new(), exposed: vec![] }
+    AppSpec { argv: vec![argument], env: vec![], workdir: "/".to_owned(), user: String::new(), exposed: vec![], rights: Default::default() }
 }
 
 #[tokio::test]
@@ -98,7 +98,7 @@ async fn rogue(at_once: Vec<u8>, later: Vec<u8>) -> (Arc<AgentLink>, tokio::task
             }
         };
         let mut ack = bytes::BytesMut::from(&MARKER[..]);
-        let message = format!("{{\"version\":3,\"epoch\":{epoch},\"exited\":null,\"failed\":null,\"again\":null}}");
+        let message = format!("{{\"version\":4,\"epoch\":{epoch},\"exited\":null,\"failed\":null,\"again\":null}}");
         put_frame(&mut ack, Kind::Ack, 0, message.as_bytes());
         ack.extend_from_slice(&at_once);
         guest.write_all(&ack).await.unwrap();

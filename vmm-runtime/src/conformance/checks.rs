@@ -26,6 +26,7 @@ pub const ALL: &[(&str, Guests, Check)] = &[
     ("a_clone_goes_on_where_the_image_was", Guests::Real, |suite| Box::pin(clone_goes_on(suite))),
     ("a_stream_reaches_a_port_and_half_close_comes_through", Guests::Shared, |suite| Box::pin(streams(suite))),
     ("a_port_without_a_listener_refuses", Guests::Shared, |suite| Box::pin(refused(suite))),
+    ("a_shell_is_no_port_and_speaks_websocket", Guests::Real, |suite| Box::pin(shell(suite))),
     ("memory_survives_a_sleep", Guests::Real, |suite| Box::pin(memory_survives(suite))),
     ("a_parked_stream_loses_no_byte", Guests::Shared, |suite| Box::pin(parked_stream(suite))),
     ("without_its_predecessor_a_stream_ends", Guests::Shared, |suite| Box::pin(orphaned_stream(suite))),
@@ -90,6 +91,25 @@ async fn refused(suite: &Suite<'_>) {
     let subject = suite.launch().await;
     let refused = within("dial", subject.vm.dial(NOBODY)).await;
     assert!(matches!(refused, Err(DialError::Refused { port }) if port == NOBODY), "{:?}", refused.err());
+    end(subject).await;
+}
+
+async fn shell(suite: &Suite<'_>) {
+    let subject = suite.launch().await;
+    let mut stream = within("dial", subject.vm.dial_shell()).await.expect("the agent takes it");
+    let handshake = "GET / HTTP/1.1\r\nhost: guest\r\nconnection: upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\n\
+        sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n";
+    stream.write_all(handshake.as_bytes()).await.expect("the stream is open");
+    // The suite's root disk has the app and nothing else, and that is said where a terminal's first line would be.
+    let (mut said, reason) = (Vec::new(), b"neither bash nor sh");
+    while !said.windows(reason.len()).any(|piece| piece == reason) {
+        let mut piece = [0; 1024];
+        let read = within("the shell's words", stream.read(&mut piece)).await.expect("the stream is open");
+        assert!(read > 0, "it ended after {:?}", String::from_utf8_lossy(&said));
+        said.extend_from_slice(&piece[..read]);
+    }
+    assert!(said.starts_with(b"HTTP/1.1 101 "), "{:?}", String::from_utf8_lossy(&said));
+    drop(stream);
     end(subject).await;
 }
 

@@ -85,6 +85,6 @@ async fn take_over<B: Backend>(
     attach(backend, process, &vmm, &link, || Ok(Attach::Adopted), shared.config.limits.attach, "answer after the node's restart").await?;
     let layers = Layers::existing(dir, B::LAYER_FILES, record.sealed_layers.clone(), record.generation);
     let kind = Kind::Microvm { id, generation: record.generation, image, layers: tokio::sync::Mutex::new(layers) };
-    let (shared, dir) = (shared.clone(), dir.to_owned());
-    Ok(move |process| Core::new(&shared, kind, dir, process, vmm, link))
+    let (shared, dir, egress) = (shared.clone(), dir.to_owned(), record.egress);
+    Ok(move |process| Core::new(&shared, kind, dir, process, vmm, link).lead_out(egress))
 }

@@ -134,6 +134,7 @@ pub(super) async fn capture<B: Backend>(core: Arc<Core<B>>, into: PathBuf) -> Re
     };
     let _one = core.operation.lock().await;
     core.ensure_running("capture")?;
+    *core.egress.lock() = None;
     core.quiesce().await?;
     let backend = &core.shared.backend;
     backend.pause(&core.process, &core.vmm).await?;

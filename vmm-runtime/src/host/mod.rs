@@ -18,6 +18,7 @@ pub(crate) mod backend;
 pub(crate) mod calls;
 pub mod cgroup;
 pub(crate) mod cpu;
+mod egress;
 mod image;
 mod layers;
 mod pool;
@@ -45,6 +46,7 @@ use parking_lot::Mutex;
 use self::{cgroup::Cgroups, pool::Pool, process::Process};
 pub use self::{
     applog::DEFAULT_LOG_BYTES,
+    egress::EgressPolicy,
     backend::{Backend, Load, Role, Save, SavedParts},
     image::Image,
     layers::Layers,
@@ -107,6 +109,8 @@ pub struct HostConfig {
     pub pool: PoolConfig,
     /// Deadlines.
     pub limits: Limits,
+    /// Where guests may connect to that have internet egress.
+    pub egress: Arc<EgressPolicy>,
     /// Bytes that are kept of what one microVM's app says.
     pub log_bytes: u64,
 }

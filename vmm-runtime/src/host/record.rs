@@ -8,7 +8,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use model::{Generation, MicrovmId};
+use model::{Egress, Generation, MicrovmId};
 use serde::{Deserialize, Serialize};
 
 use super::process::Identity;
@@ -38,6 +38,9 @@ pub struct Record {
     pub stage: Stage,
     /// The sealed disk layers under its own.
     pub sealed_layers: Vec<Part>,
+    /// Where it may connect to.
+    #[serde(default)]
+    pub egress: Egress,
 }
 
 /// The microVM that a process belongs to.

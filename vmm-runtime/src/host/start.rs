@@ -12,7 +12,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use model::{Generation, MicrovmId};
+use model::{Egress, Generation, MicrovmId};
 use protocol::{
     agent::{Reply, Request, Restored},
     link::{AgentLink, Attach, LinkError},
@@ -100,14 +100,14 @@ pub(super) async fn boot<B: Backend>(shared: &Arc<Shared<B>>, spec: BootSpec) ->
     let process = KillOnDrop::new(process);
     let link = new_link(shared, &spec.dir);
     attach(backend, process.get(), &vmm, &link, || Ok(Attach::Boot), config.limits.boot, "boot to its agent").await?;
-    let exposed = spec.app.exposed.clone();
+    let (exposed, egress) = (spec.app.exposed.clone(), spec.app.rights.egress);
     match link.call(Request::Start(spec.app), config.limits.start_app).await {
         Ok(Reply::Done) => {}
         Ok(other) => return Err(failed("starting the app", format!("the guest agent answered {other:?}"))),
         Err(error) => return Err(link_failed(backend, process.get(), &vmm, "start the app", config.limits.start_app, error).await),
     }
     let kind = Kind::Build { root_disk: spec.root_disk, shape: spec.shape, exposed };
-    Ok(ProcessVm::new(Core::new(shared, kind, spec.dir, process.keep(), vmm, link)))
+    Ok(ProcessVm::new(Core::new(shared, kind, spec.dir, process.keep(), vmm, link).lead_out(egress)))
 }
 
 /// A clone that is about to run, whatever it is cloned from.
@@ -118,6 +118,7 @@ struct Clone<'a, B: Backend> {
     image: Arc<Image>,
     generation: Generation,
     identity: BTreeMap<String, String>,
+    egress: Egress,
     sealed_layers: Vec<Part>,
     snapshot_dir: &'a Path,
     state: Vec<u8>,
@@ -140,6 +141,7 @@ pub(super) async fn launch<B: Backend>(shared: &Arc<Shared<B>>, spec: LaunchSpec
         image: image.clone(),
         generation: Generation(0),
         identity: spec.identity,
+        egress: spec.egress,
         sealed_layers: Vec::new(),
         snapshot_dir: &image.dir,
         state,
@@ -181,6 +183,7 @@ pub(super) async fn restore<B: Backend>(shared: &Arc<Shared<B>>, spec: RestoreSp
         image: image.clone(),
         generation: spec.generation,
         identity: spec.identity,
+        egress: spec.egress,
         sealed_layers: manifest.layers,
         snapshot_dir: &opened.dir,
         state: opened.state,
@@ -225,6 +228,7 @@ impl<B: Backend> Clone<'_, B> {
             generation: self.generation,
             stage,
             sealed_layers: self.sealed_layers.clone(),
+            egress: self.egress,
         };
         let recording = |error: io::Error| failed(format!("writing the process's record in {}", self.dir.display()), error);
         let identity = process.get().identity().clone();
@@ -243,20 +247,20 @@ impl<B: Backend> Clone<'_, B> {
         };
         backend.load(process.get(), &vmm, saved, watch).await?;
         backend.run(process.get(), &vmm).await?;
-        let how = || Ok(Attach::Restored(restored(self.generation, self.identity)?));
+        let how = || Ok(Attach::Restored(restored(self.generation, self.identity, self.egress)?));
         attach(backend, process.get(), &vmm, &self.link, how, limits.attach, "answer after the restore").await?;
         record::write(self.id, self.dir, &record(Stage::Running, &identity)).map_err(recording)?;
         let kind = Kind::Microvm { id: self.id, generation: self.generation, image: self.image, layers: tokio::sync::Mutex::new(layers) };
-        let vm = ProcessVm::new(Core::new(self.shared, kind, self.dir.to_owned(), process.keep(), vmm, self.link));
+        let vm = ProcessVm::new(Core::new(self.shared, kind, self.dir.to_owned(), process.keep(), vmm, self.link).lead_out(self.egress));
         watch.lap("agent");
         Ok(vm)
     }
 }
 
-fn restored(generation: Generation, identity: BTreeMap<String, String>) -> io::Result<Restored> {
+fn restored(generation: Generation, identity: BTreeMap<String, String>, egress: Egress) -> io::Result<Restored> {
     let mut entropy = [0; ENTROPY_BYTES];
     File::open("/dev/urandom")?.read_exact(&mut entropy)?;
     // A clock before 1970 is beyond repair; the guest's is then left at 1970, too.
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    Ok(Restored { realtime_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX), entropy: hex::encode(entropy), generation, identity })
+    Ok(Restored { realtime_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX), entropy: hex::encode(entropy), generation, identity, egress })
 }

@@ -11,7 +11,9 @@ use model::Generation;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Backend, Save, SavedParts, Stopwatch, blocking, failed, snapshots,
+    Backend, Save, SavedParts, Stopwatch, blocking,
+    egress::Egress,
+    failed, snapshots,
     vm::{Core, Kind, Life},
     vmm_exit,
 };
@@ -31,6 +33,8 @@ pub(super) async fn suspend<B: Backend>(core: Arc<Core<B>>, cancel: Cancellation
     let _one = core.operation.lock().await;
     core.ensure_running("suspend")?;
     let mut watch = Stopwatch::start();
+    // Whatever comes of it but a commit, the guest's connections go on.
+    let paused = Egress::pause(core.egress.lock().as_ref());
     tokio::select! {
         biased;
         // Dropping the quiesce takes it back.
@@ -41,6 +45,9 @@ pub(super) async fn suspend<B: Backend>(core: Arc<Core<B>>, cancel: Cancellation
     match write(&core, &cancel, &mut watch).await {
         Ok(Some(mut record)) => {
             let unasked = !core.end(Life::Suspended);
+            // Its connections end with it, and the app learns of that when it wakes.
+            paused.for_good();
+            *core.egress.lock() = None;
             // The streams stay with the link, parked.
             core.link.detach();
             core.end_process().await;

@@ -20,7 +20,13 @@ use protocol::{
 use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use super::{Backend, Image, Layers, Limits, Shared, failed, process::Process, record, suspend, vmm_exit};
+use super::{
+    Backend, Image, Layers, Limits, Shared,
+    egress::{Egress, Traffic},
+    failed,
+    process::Process,
+    record, suspend, vmm_exit,
+};
 use crate::engine::{DialError, EngineError, Exit, GuestStream, SuspendOutcome, Usage, Vm};
 
 /// Of the console, this much is quoted.
@@ -59,6 +65,10 @@ pub(super) struct Core<B: Backend> {
     pub handed_over: AtomicBool,
     /// One suspend or capture at a time.
     pub operation: tokio::sync::Mutex<()>,
+    /// The way out of the guest, while it has one.
+    pub egress: Mutex<Option<Egress>>,
+    /// What has crossed it.
+    traffic: Arc<Traffic>,
     /// Counters as they were when they could last be had.
     last_usage: Mutex<Usage>,
 }
@@ -76,8 +86,19 @@ impl<B: Backend> Core<B> {
             life: watch::Sender::new(Life::Running),
             handed_over: false.into(),
             operation: tokio::sync::Mutex::new(()),
+            egress: Mutex::default(),
+            traffic: Arc::default(),
             last_usage: Mutex::default(),
         }
+    }
+
+    /// Lets the guest connect to what its policy says, from now on.
+    pub fn lead_out(self, egress: model::Egress) -> Self {
+        if egress == model::Egress::Internet {
+            let started = Egress::start(self.link.clone(), self.shared.config.egress.clone(), self.traffic.clone());
+            *self.egress.lock() = Some(started);
+        }
+        self
     }
 
     pub fn limits(&self) -> &Limits {
@@ -176,6 +197,7 @@ impl<B: Backend> Core<B> {
         };
         let vmm_is_useless = matches!(exit, Exit::Vmm { .. });
         if self.end(Life::Exited(exit.clone())) {
+            *self.egress.lock() = None;
             tracing::info!(dir = %self.dir.display(), ?exit, "a microVM ended by itself");
             if vmm_is_useless {
                 self.link.close();
@@ -264,7 +286,7 @@ impl<B: Backend> ProcessVm<B> {
             (Life::Killed | Life::Exited(_), _) => DialError::Gone,
             (Life::Suspended, _) => DialError::Asleep,
             (Life::Running, LinkError::Refused(port)) => DialError::Refused { port: *port },
-            (Life::Running, LinkError::NoShell) => DialError::NoShell,
+            (Life::Running, LinkError::NoShell | LinkError::NoEgress) => DialError::NoShell,
             (Life::Running, LinkError::Timeout(_)) => DialError::Timeout { door, limit },
             // Freezing has begun, or the process is dying; the controller finds out which when it asks again.
             (Life::Running, LinkError::Closed) => DialError::Asleep,
@@ -347,6 +369,7 @@ impl<B: Backend> Vm for ProcessVm<B> {
     }
 
     async fn kill(&self) {
+        *self.core.egress.lock() = None;
         let had_process = self.core.end(Life::Killed) || matches!(*self.core.life.borrow(), Life::Exited(_));
         if had_process {
             self.core.end_process().await;
@@ -367,6 +390,8 @@ impl<B: Backend> Vm for ProcessVm<B> {
 
     async fn usage(&self) -> Usage {
         let now = self.core.shared.backend.usage(&self.core.process, &self.core.vmm).await;
+        let (sent, received) = self.core.traffic.bytes();
+        let now = now.map(|now| Usage { net_sent_bytes: now.net_sent_bytes + sent, net_received_bytes: now.net_received_bytes + received, ..now });
         let mut last = self.core.last_usage.lock();
         if let Some(now) = now {
             *last = Usage { cpu_micros: now.cpu_micros.max(last.cpu_micros), ..now };

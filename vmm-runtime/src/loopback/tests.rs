@@ -29,12 +29,12 @@ fn port(number: u16) -> Port {
 
 async fn launched(engine: &LoopbackEngine, dir: &Path) -> (MicrovmId, Arc<dyn Vm>) {
     let id = MicrovmId::random();
-    let spec = LaunchSpec { id, dir: dir.to_owned(), image_dir: dir.join("image"), identity: BTreeMap::new() };
+    let spec = LaunchSpec { id, dir: dir.to_owned(), image_dir: dir.join("image"), identity: BTreeMap::new(), egress: Default::default() };
     (id, engine.launch(spec).await.unwrap().vm)
 }
 
 fn restore(id: MicrovmId, dir: &Path, generation: u64, predecessor: Option<Arc<dyn Vm>>) -> RestoreSpec {
-    RestoreSpec { id, dir: dir.to_owned(), image_dir: dir.join("image"), generation: Generation(generation), predecessor, identity: BTreeMap::new() }
+    RestoreSpec { id, dir: dir.to_owned(), image_dir: dir.join("image"), generation: Generation(generation), predecessor, identity: BTreeMap::new(), egress: Default::default() }
 }
 
 #[tokio::test]

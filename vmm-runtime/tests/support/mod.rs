@@ -133,7 +133,7 @@ impl<S: Start> GuestBench<S> {
     pub async fn start(&self) -> S::Started {
         let GuestKit { kernel, initrd, fingerprint } = self.guests.kit.clone();
         let pool = PoolConfig { per_image: 1, total: 4 };
-        let host = HostConfig { kernel, initrd, guest_fingerprint: fingerprint, run_dir: self.run_dir(), pool, limits: self.limits, log_bytes: DEFAULT_LOG_BYTES };
+        let host = HostConfig { kernel, initrd, guest_fingerprint: fingerprint, run_dir: self.run_dir(), pool, limits: self.limits, egress: Default::default(), log_bytes: DEFAULT_LOG_BYTES };
         self.start.start(host).await
     }
 
@@ -142,7 +142,7 @@ impl<S: Start> GuestBench<S> {
         let id = MicrovmId::random();
         let dir = self.work_dir().join(id.to_string());
         fs::create_dir(&dir).unwrap();
-        LaunchSpec { id, dir, image_dir: self.work_dir().join("image"), identity: Default::default() }
+        LaunchSpec { id, dir, image_dir: self.work_dir().join("image"), identity: Default::default(), egress: Default::default() }
     }
 
     /// The whole suite.
@@ -187,7 +187,7 @@ impl<S: Start> Bench for GuestBench<S> {
 
     fn app(&self) -> AppSpec {
         let env = [("PATH", "/bin"), ("HOME", "/root")].map(|(name, value)| (name.to_owned(), value.to_owned())).into();
-        AppSpec { argv: vec!["/app".into()], env, workdir: "/".into(), user: String::new(), exposed: vec![HTTP] }
+        AppSpec { argv: vec!["/app".into()], env, workdir: "/".into(), user: String::new(), exposed: vec![HTTP], rights: Default::default() }
     }
 
     fn guests(&self) -> conformance::Guests {

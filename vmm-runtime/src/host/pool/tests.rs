@@ -92,6 +92,7 @@ fn engine(run_dir: &Path, pool: PoolConfig) -> ProcessEngine<Fake> {
         guest_fingerprint: String::new(),
         run_dir: run_dir.to_owned(),
         pool,
+        egress: Default::default(),
         limits: Limits::default(),
         log_bytes: DEFAULT_LOG_BYTES,
     };
