@@ -2,6 +2,7 @@
 
 mod admin;
 mod api_settings;
+mod client;
 mod doctor;
 mod env;
 mod files;
@@ -15,7 +16,8 @@ mod rotate;
 
 use std::{path::PathBuf, process::ExitCode};
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory as _, Parser, Subcommand};
+use clap_complete::Shell;
 use config::Config;
 use model::chain;
 
@@ -56,6 +58,13 @@ enum Verb {
     Base(Place),
     /// Mint endpoint tokens with a fresh key from now on; a running node takes it up, and no token becomes invalid.
     RotateTokenKey(Place),
+    #[command(flatten)]
+    Client(client::Verb),
+    /// Print a completion script for a shell: source <(dormouse completions bash).
+    Completions {
+        /// Which shell.
+        shell: Shell,
+    },
     /// Print a configuration file with every key, its default and its meaning.
     Config,
 }
@@ -67,9 +76,21 @@ type Act = Box<dyn FnOnce(Config, Option<PathBuf>) -> anyhow::Result<()>>;
 const EXIT_CONFIG: u8 = 64;
 
 fn main() -> ExitCode {
+    let ended = |outcome: anyhow::Result<()>| match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("dormouse: {}", chain(error.as_ref()));
+            ExitCode::FAILURE
+        }
+    };
     let (place, act): (_, Act) = match Arguments::parse().command {
         Verb::Config => {
             print!("{}", Config::example());
+            return ExitCode::SUCCESS;
+        }
+        Verb::Client(verb) => return ended(client::run(verb)),
+        Verb::Completions { shell } => {
+            clap_complete::generate(shell, &mut Arguments::command(), "dormouse", &mut std::io::stdout());
             return ExitCode::SUCCESS;
         }
         Verb::Serve { place, upgrade } => (place, Box::new(move |config, config_file| node::serve(node::Serve { config, config_file, upgrade }))),
@@ -88,12 +109,6 @@ fn main() -> ExitCode {
     if let Some(data_dir) = place.data_dir {
         config.node.data_dir = data_dir;
     }
-    match act(config, place.config) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("dormouse: {}", chain(error.as_ref()));
-            ExitCode::FAILURE
-        }
-    }
+    ended(act(config, place.config))
 }
 
