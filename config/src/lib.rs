@@ -205,6 +205,12 @@ pub struct Lifecycle {
 pub struct Build {
     /// Builds at a time; more wait.
     pub max_concurrent: usize,
+    /// Builds that run and wait together; one more is refused.
+    pub max_unfinished: usize,
+    /// Images of this node.
+    pub max_images: usize,
+    /// Versions of one image.
+    pub max_versions: usize,
     /// How long the app has to listen on a port.
     pub ready_timeout: Duration,
     /// How long the container build has.
@@ -343,7 +349,10 @@ impl Config {
                 least_idle: s.seconds("least_idle_secs", 60, 1..=28_800, "The least maxIdleDurationSeconds that RunMicrovm takes (AWS: 60)."),
             }),
             build: r.section("build", |s| Build {
-                max_concurrent: s.count("max_concurrent", 2, 1..=64, "Image builds at a time; more wait."),
+                max_concurrent: s.count("max_concurrent", 2, 1..=64, "Image builds at a time; more wait. Each boots a guest and takes a processor for most of its time."),
+                max_unfinished: s.count("max_unfinished", 10, 1..=10_000, "Image builds that run and wait together; one more is refused (402), as by AWS, whose quota is 5 to 10."),
+                max_images: s.count("max_images", 100, 1..=1_000_000, "Images; one more is refused (402). AWS: 100. An image takes some hundred MiB of disk for each version."),
+                max_versions: s.count("max_versions", 50, 1..=1_000_000, "Versions of one image; one more is refused (402). AWS: 50."),
                 ready_timeout: s.seconds("ready_timeout_secs", 180, 1..=3_600, "How long the app has to listen on a port."),
                 timeout: s.seconds("timeout_secs", 1_800, 1..=86_400, "How long the container build has."),
             }),

@@ -2,7 +2,8 @@
 //!
 //! Owns: the forms of a codeArtifact URI: `s3://bucket/key` in the embedded S3, and `file:///path` where the operator
 //! allows it. Never leaves the bucket: a key is taken apart and may not climb. Never reads the node's own data, by whatever
-//! name.
+//! name. Whether an object is there is for the build to find out: AWS takes the request and fails the build, and so does
+//! this node.
 
 use std::{
     io,
@@ -14,19 +15,10 @@ use percent_encoding::percent_decode_str;
 
 use crate::reply::ApiError;
 
-/// A codeArtifact, found or not.
-#[derive(Debug)]
-pub(crate) struct Located {
-    pub(crate) artifact: Artifact,
-    /// Why the build must fail (aws-behaviour §5.1), if the object was not there when the image was asked for. AWS takes
-    /// the request and fails the build, and so does this node.
-    pub(crate) missing: Option<&'static str>,
-}
-
 /// Finds the code that a URI names. Files of the host are taken if `files_but` is given, but none in that directory.
-pub(crate) fn locate(uri: &str, s3_dir: &Path, files_but: Option<&Path>) -> Result<Located, ApiError> {
+pub(crate) fn locate(uri: &str, s3_dir: &Path, files_but: Option<&Path>) -> Result<Artifact, ApiError> {
     if let Some(rest) = uri.strip_prefix("s3://") {
-        return in_s3(rest, s3_dir);
+        return in_s3(uri, rest, s3_dir);
     }
     if let (Some(path), Some(data_dir)) = (uri.strip_prefix("file://"), files_but) {
         return on_host(path, data_dir);
@@ -38,7 +30,7 @@ fn malformed() -> ApiError {
     ApiError::validation("CodeArtifact URI must be a valid S3 URI in the format: s3://<bucket>/<key>")
 }
 
-fn in_s3(rest: &str, s3_dir: &Path) -> Result<Located, ApiError> {
+fn in_s3(uri: &str, rest: &str, s3_dir: &Path) -> Result<Artifact, ApiError> {
     let (bucket, key) = rest.split_once('/').ok_or_else(malformed)?;
     let is_bucket = (3..=63).contains(&bucket.len())
         && bucket.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-' || byte == b'.')
@@ -49,15 +41,10 @@ fn in_s3(rest: &str, s3_dir: &Path) -> Result<Located, ApiError> {
     }
     let bucket = s3_dir.join(bucket);
     let object = bucket.join(key);
-    let missing = match (bucket.is_dir(), object.is_file()) {
-        (_, true) => None,
-        (true, false) => Some("S3_NO_SUCH_KEY"),
-        (false, false) => Some("S3_NO_SUCH_BUCKET"),
-    };
-    Ok(Located { artifact: Artifact::Zip(object), missing })
+    Ok(Artifact::Object { uri: uri.to_owned(), bucket, object })
 }
 
-fn on_host(path: &str, data_dir: &Path) -> Result<Located, ApiError> {
+fn on_host(path: &str, data_dir: &Path) -> Result<Artifact, ApiError> {
     let path = PathBuf::from(percent_decode_str(path).decode_utf8().map_err(|_| malformed())?.as_ref());
     if !path.is_absolute() || path.as_os_str().as_encoded_bytes().contains(&0) {
         return Err(ApiError::validation("CodeArtifact URI must name an absolute path of this host: file:///<path>"));
@@ -73,9 +60,9 @@ fn on_host(path: &str, data_dir: &Path) -> Result<Located, ApiError> {
         return Err(ApiError::validation(format!("CodeArtifact {shown} lies in the data directory of this node, or holds it; copy the code elsewhere")));
     }
     if about.is_dir() {
-        Ok(Located { artifact: Artifact::Directory(place), missing: None })
+        Ok(Artifact::Directory(place))
     } else if about.is_file() {
-        Ok(Located { artifact: Artifact::Zip(place), missing: None })
+        Ok(Artifact::Zip(place))
     } else {
         Err(ApiError::validation(format!("CodeArtifact {shown} is neither a directory nor a zip file")))
     }
@@ -94,15 +81,10 @@ mod tests {
         fs::write(dir.path().join("code/a/app.zip"), "zip").unwrap();
         fs::write(dir.path().join("outside"), "secret").unwrap();
         let locate = |uri: &str| locate(uri, dir.path(), Some(Path::new("/nowhere")));
-        for (uri, missing) in [
-            ("s3://code/a/app.zip", None),
-            ("s3://code/a", Some("S3_NO_SUCH_KEY")),
-            ("s3://code/b.zip", Some("S3_NO_SUCH_KEY")),
-            ("s3://other/b.zip", Some("S3_NO_SUCH_BUCKET")),
-        ] {
-            let located = locate(uri).unwrap();
-            assert_eq!(located.missing, missing, "{uri}");
-            assert!(matches!(located.artifact, Artifact::Zip(path) if path == dir.path().join(&uri[5..])));
+        for uri in ["s3://code/a/app.zip", "s3://code/a", "s3://code/b.zip", "s3://other/b.zip"] {
+            let Artifact::Object { uri: told, bucket, object } = locate(uri).unwrap() else { panic!("{uri} is an object") };
+            assert_eq!((told.as_str(), object), (uri, dir.path().join(&uri[5..])));
+            assert_eq!(bucket.parent(), Some(dir.path()), "{uri}");
         }
         for uri in [
             "", "code/a", "s3://", "s3://code", "s3://code/", "s3:///a", "s3://../outside", "s3://code/../outside", "s3://code//etc/passwd",
@@ -119,8 +101,8 @@ mod tests {
         fs::write(&zip, "zip").unwrap();
         let directory = format!("file://{}", code.path().display());
         let locate = |uri: &str| locate(uri, Path::new("/nowhere"), Some(data.path()));
-        assert!(matches!(locate(&directory).unwrap().artifact, Artifact::Directory(path) if path == code.path()));
-        assert!(matches!(locate(&format!("{directory}/my%20app.zip")).unwrap().artifact, Artifact::Zip(path) if path == zip));
+        assert!(matches!(locate(&directory).unwrap(), Artifact::Directory(path) if path == code.path()));
+        assert!(matches!(locate(&format!("{directory}/my%20app.zip")).unwrap(), Artifact::Zip(path) if path == zip));
         for (uri, told) in [("file://relative", "absolute"), ("file:///nowhere/at/all", "cannot be read"), ("file:///dev/null", "neither")] {
             assert!(locate(uri).unwrap_err().message.unwrap().contains(told), "{uri}");
         }

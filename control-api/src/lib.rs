@@ -12,7 +12,6 @@ mod caller;
 mod client_tokens;
 mod dispatch;
 mod extras;
-mod images;
 mod model_shapes;
 mod operations;
 mod pages;
@@ -106,14 +105,14 @@ pub struct OpenError {
 
 /// The whole API, and S3 for everything that is signed for S3.
 pub fn router(config: ApiConfig, pieces: Pieces, metrics: &prometheus::Registry) -> Result<axum::Router, OpenError> {
-    let images = Arc::new(pieces.catalog);
-    route(config, Parts { controller: pieces.controller, images, tokens: pieces.tokens, access_keys: pieces.access_keys, clock: pieces.clock }, metrics)
+    let Pieces { controller, catalog: images, tokens, access_keys, clock } = pieces;
+    route(config, Parts { controller, images, tokens, access_keys, clock }, metrics)
 }
 
-/// [`Pieces`], with the catalog behind its seam.
+/// [`Pieces`], as operations name them.
 pub(crate) struct Parts {
     pub(crate) controller: Controller,
-    pub(crate) images: Arc<dyn images::Images>,
+    pub(crate) images: Catalog,
     pub(crate) tokens: KeyRing,
     pub(crate) access_keys: AccessKeys,
     pub(crate) clock: Arc<dyn Clock>,

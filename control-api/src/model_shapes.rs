@@ -238,6 +238,24 @@ pub(crate) static CREATE_IMAGE: Shape = Shape::Structure(&[
     optional("clientToken", &CLIENT_TOKEN),
 ]);
 
+pub(crate) static UPDATE_IMAGE: Shape = Shape::Structure(&[
+    required("baseImageArn", &NON_BLANK),
+    optional("baseImageVersion", &VERSION),
+    required("buildRoleArn", &ROLE_ARN),
+    optional("description", &FREE_TEXT),
+    required("codeArtifact", &Shape::Union(&[optional("uri", &NON_BLANK)])),
+    optional("logging", &LOGGING),
+    optional("egressNetworkConnectors", &ONE_CONNECTOR),
+    optional("cpuConfigurations", &CPU_CONFIGURATIONS),
+    optional("resources", &RESOURCES),
+    optional("additionalOsCapabilities", &CAPABILITIES),
+    optional("hooks", &HOOKS),
+    optional("environmentVariables", &ENVIRONMENT),
+    optional("kmsKeyIdentifier", &KMS_KEY),
+    IMAGE,
+    optional("clientToken", &CLIENT_TOKEN),
+]);
+
 pub(crate) static IMAGE_INPUT: Shape = Shape::Structure(&[IMAGE]);
 
 pub(crate) static LIST_IMAGES: Shape = Shape::Structure(&[MAX_RESULTS, NEXT_TOKEN, optional("nameFilter", &NON_BLANK)]);
@@ -248,6 +266,9 @@ pub(crate) static LIST_OF_IMAGE: Shape = Shape::Structure(&[MAX_RESULTS, NEXT_TO
 pub(crate) static LIST_MANAGED_IMAGES: Shape = Shape::Structure(&[MAX_RESULTS, NEXT_TOKEN]);
 
 pub(crate) static IMAGE_VERSION_INPUT: Shape = Shape::Structure(&[IMAGE, required("imageVersion", &NON_BLANK)]);
+
+pub(crate) static UPDATE_IMAGE_VERSION: Shape =
+    Shape::Structure(&[IMAGE, required("imageVersion", &NON_BLANK), required("status", &Shape::Enum(&["ACTIVE", "INACTIVE"]))]);
 
 pub(crate) static LIST_BUILDS: Shape = Shape::Structure(&[
     MAX_RESULTS,
@@ -276,9 +297,6 @@ pub(crate) static TAG_RESOURCE: Shape = Shape::Structure(&[RESOURCE, required("T
 
 pub(crate) static UNTAG_RESOURCE: Shape =
     Shape::Structure(&[RESOURCE, required("TagKeys", &Shape::List { of: &TAG_KEY, min: 0, max: UNBOUNDED })]);
-
-/// Operations that are refused whatever they ask.
-pub(crate) static NOTHING: Shape = Shape::Structure(&[]);
 
 #[cfg(test)]
 mod tests {

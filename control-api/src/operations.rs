@@ -6,6 +6,8 @@
 mod create_auth_token;
 mod create_image;
 mod create_shell_auth_token;
+mod delete_image;
+mod delete_image_version;
 mod get_image;
 mod get_image_build;
 mod get_image_version;
@@ -27,6 +29,8 @@ mod tag_resource;
 mod tags;
 mod terminate_microvm;
 mod untag_resource;
+mod update_image;
+mod update_image_version;
 
 use std::sync::Arc;
 
@@ -81,12 +85,10 @@ pub(crate) async fn call(api: &Api, caller: &Caller, operation: Operation, input
         Operation::ListTags => list_tags::call(api, input),
         Operation::TagResource => tag_resource::call(api, input).await,
         Operation::UntagResource => untag_resource::call(api, input).await,
-        Operation::UpdateMicrovmImage
-        | Operation::DeleteMicrovmImage
-        | Operation::UpdateMicrovmImageVersion
-        | Operation::DeleteMicrovmImageVersion => {
-            Err(ApiError::validation(format!("This node does not offer {} yet. Nothing was changed.", operation.name())))
-        }
+        Operation::UpdateMicrovmImage => update_image::call(api, caller, input).await,
+        Operation::DeleteMicrovmImage => delete_image::call(api, input).await,
+        Operation::UpdateMicrovmImageVersion => update_image_version::call(api, input).await,
+        Operation::DeleteMicrovmImageVersion => delete_image_version::call(api, input).await,
     }
 }
 
@@ -121,7 +123,7 @@ pub(crate) fn log_name(view: &MicrovmView) -> Option<LogName> {
 pub(crate) fn microvm_memory_mib(api: &Api, view: &MicrovmView) -> u32 {
     let remembered = microvm_body::Remembered::of(view).memory_mib;
     // One of before this was recorded: its image is there as long as it is.
-    remembered.or_else(|| api.parts.images.find(&view.image, view.version).map(|record| record.memory.mib())).unwrap_or_default()
+    remembered.or_else(|| api.parts.images.get(&view.image, view.version).map(|record| record.memory.mib())).unwrap_or_default()
 }
 
 /// AWS's words for changing what has ended (aws-behaviour §3.4).

@@ -3,7 +3,6 @@
 //! Owns: the sum, and that of two who come at the same time for the last of it one is refused. What is admitted is held as
 //! a reservation until it can be seen in the sum. The numbers of images, versions and builds are the catalog's.
 
-use image_builder::BuildState;
 use model::MicrovmState;
 use parking_lot::Mutex;
 
@@ -48,7 +47,7 @@ impl MemoryQuota {
 fn allocated_mib(api: &Api) -> u64 {
     let microvms = api.parts.controller.list().into_iter().filter(|view| view.state != MicrovmState::Terminated);
     let microvms: u64 = microvms.map(|view| u64::from(microvm_memory_mib(api, &view))).sum();
-    let images = api.parts.images.list();
-    let builds = images.iter().filter(|record| matches!(record.state, BuildState::Pending | BuildState::InProgress));
+    let images = api.parts.images.images();
+    let builds = images.iter().flat_map(|image| &image.versions).filter(|record| !record.state.is_finished());
     microvms + builds.map(|record| u64::from(record.memory.mib())).sum::<u64>()
 }

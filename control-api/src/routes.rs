@@ -117,16 +117,14 @@ impl Operation {
             Op::CreateMicrovmShellAuthToken => &shapes::CREATE_SHELL_AUTH_TOKEN,
             Op::CreateMicrovmImage => &shapes::CREATE_IMAGE,
             Op::ListMicrovmImages => &shapes::LIST_IMAGES,
-            Op::GetMicrovmImage => &shapes::IMAGE_INPUT,
+            Op::GetMicrovmImage | Op::DeleteMicrovmImage => &shapes::IMAGE_INPUT,
+            Op::UpdateMicrovmImage => &shapes::UPDATE_IMAGE,
             Op::ListMicrovmImageVersions | Op::ListManagedMicrovmImageVersions => &shapes::LIST_OF_IMAGE,
-            Op::GetMicrovmImageVersion => &shapes::IMAGE_VERSION_INPUT,
+            Op::GetMicrovmImageVersion | Op::DeleteMicrovmImageVersion => &shapes::IMAGE_VERSION_INPUT,
+            Op::UpdateMicrovmImageVersion => &shapes::UPDATE_IMAGE_VERSION,
             Op::ListMicrovmImageBuilds => &shapes::LIST_BUILDS,
             Op::GetMicrovmImageBuild => &shapes::GET_BUILD,
             Op::ListManagedMicrovmImages => &shapes::LIST_MANAGED_IMAGES,
-            Op::UpdateMicrovmImage
-            | Op::DeleteMicrovmImage
-            | Op::UpdateMicrovmImageVersion
-            | Op::DeleteMicrovmImageVersion => &shapes::NOTHING,
             Op::ListTags => &shapes::LIST_TAGS,
             Op::TagResource => &shapes::TAG_RESOURCE,
             Op::UntagResource => &shapes::UNTAG_RESOURCE,
@@ -145,7 +143,16 @@ impl Operation {
 
     /// Whether members of its input come in the body.
     fn reads_body(self) -> bool {
-        matches!(self, Op::RunMicrovm | Op::CreateMicrovmAuthToken | Op::CreateMicrovmShellAuthToken | Op::CreateMicrovmImage | Op::TagResource)
+        matches!(
+            self,
+            Op::RunMicrovm
+                | Op::CreateMicrovmAuthToken
+                | Op::CreateMicrovmShellAuthToken
+                | Op::CreateMicrovmImage
+                | Op::UpdateMicrovmImage
+                | Op::UpdateMicrovmImageVersion
+                | Op::TagResource
+        )
     }
 }
 

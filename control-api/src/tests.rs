@@ -7,5 +7,6 @@ mod bench;
 mod by_hand;
 mod calls;
 mod extras;
+mod images;
 mod refusals;
 mod tags;

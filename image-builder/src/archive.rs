@@ -71,6 +71,8 @@ pub(crate) enum ArchiveError {
     Read { path: PathBuf, source: io::Error },
     #[error("writing {path} failed: {source}", path = path.display())]
     Write { path: PathBuf, source: io::Error },
+    #[error("{uri} cannot be had: {why}")]
+    Object { uri: String, code: &'static str, why: String },
     #[error("unpacking was cancelled")]
     Cancelled,
 }
@@ -81,8 +83,28 @@ pub(crate) fn unpack(artifact: &Artifact, context: &Path, limits: Limits, cancel
     match artifact {
         Artifact::Zip(path) => zip_file::unpack(path, &mut tree)?,
         Artifact::Directory(path) => directory::copy(path, &mut tree)?,
+        Artifact::Object { uri, bucket, object } => {
+            find_object(uri, bucket, object)?;
+            zip_file::unpack(object, &mut tree)?;
+        }
     }
     tree.finish()
+}
+
+/// Tells an object that can be read from one that cannot, by the codes of aws-behaviour §5.1.
+fn find_object(uri: &str, bucket: &Path, object: &Path) -> Result<(), ArchiveError> {
+    let refused = |code, why: String| Err(ArchiveError::Object { uri: uri.to_owned(), code, why });
+    match fs::metadata(object) {
+        Ok(about) if about.is_file() && about.len() == 0 => refused("S3_INVALID_OBJECT", "the object is empty".to_owned()),
+        Ok(about) if about.is_file() => match fs::File::open(object) {
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => refused("S3_ACCESS_DENIED", error.to_string()),
+            // Another error is met again by whoever unpacks it.
+            _ => Ok(()),
+        },
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => refused("S3_ACCESS_DENIED", error.to_string()),
+        _ if bucket.is_dir() => refused("S3_NO_SUCH_KEY", "there is no such object in the bucket".to_owned()),
+        _ => refused("S3_NO_SUCH_BUCKET", "there is no such bucket".to_owned()),
+    }
 }
 
 /// The name of an entry, checked: relative, no `..`, nothing that a log or a shell would stumble over.

@@ -1,50 +1,83 @@
 //! The images of this node and the builds that make them.
 //!
-//! Owns: which versions there are and how far each is, the queue of builds, and the clean-up after them. Never knows how an
-//! image is built (see `pipeline`) or what runs from it.
+//! Owns: which images and versions there are and how far each is, what may be asked of them when (aws-behaviour §5.1), the
+//! queue of builds, deletions, and the clean-up after both. Never knows how an image is built (see `pipeline`) or what runs
+//! from it: who deletes says whether microVMs are left, and who runs one holds a [`Lease`] until it can be seen by those
+//! who say so.
 //!
 //! Every version that is not built to its end is FAILED with a reason, whatever happened: an error, a panic, a close, a crash.
-//! A version is SUCCESSFUL only once its snapshot is on stable storage.
+//! A version is SUCCESSFUL only once its snapshot is on stable storage. A deletion that was told is done: it is written down
+//! first, then the files go, then the record.
+//!
+//! Locks: `changes` is held by whoever writes (but for the record of a build under way, which nobody else may change);
+//! the state's own lock is never held across anything slow, and is taken while `changes` is held, never the other way round.
+
+mod builds;
+mod changes;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     error::Error,
     io,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Arc,
     time::SystemTime,
 };
 
-use model::{ImageName, ImageVersion, Port, Shape};
-use tokio::sync::{OnceCell, Semaphore, watch};
+use model::{ImageName, ImageVersion};
+use tokio::sync::{Mutex, Semaphore, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use vmm_runtime::engine::Engine;
 
 use crate::{
-    BuildRequest, BuildState, BuilderConfig, CatalogError, ImageRecord,
-    base::SharedStore,
-    build_log::BuildLog,
-    container::Workspace,
-    failure::{self, Stop},
-    pipeline::{self, Inputs},
-    records::Layout,
+    BuildRequest, BuilderConfig, CatalogError, Deletion, Image, ImageRecord, ImageState, VersionState, VersionStatus,
+    failure,
+    job::{Builder, RealBuilder},
+    records::{Found, Layout},
     sandbox,
 };
 
-/// Builds that wait for a place. Each holds a record and a task, so this bounds little memory but much patience.
-const MAX_WAITING: usize = 64;
+/// What everybody sees. What is here is on stable storage as well, but for leases.
+#[derive(Default)]
+struct State {
+    images: BTreeMap<ImageName, Entry>,
+    deleted: BTreeSet<ImageName>,
+}
 
-type Records = BTreeMap<ImageName, BTreeMap<ImageVersion, ImageRecord>>;
+struct Entry {
+    image: Image,
+    /// How many are about to run a microVM of a version.
+    leases: BTreeMap<ImageVersion, usize>,
+    /// Versions whose deletion is being written down: no lease is given any more.
+    closing: BTreeSet<ImageVersion>,
+}
+
+impl Entry {
+    fn new(image: Image) -> Self {
+        Self { image, leases: BTreeMap::new(), closing: BTreeSet::new() }
+    }
+
+    fn put(&mut self, record: ImageRecord) {
+        match self.image.versions.iter_mut().find(|other| other.version == record.version) {
+            Some(old) => *old = record,
+            None => {
+                self.image.versions.push(record);
+                self.image.versions.sort_by_key(|record| record.version);
+            }
+        }
+    }
+}
 
 struct Inner {
     config: BuilderConfig,
     layout: Layout,
     engine: Arc<dyn Engine>,
-    /// Written only by this module's `put` and `create`; its lock is never held across anything slow.
-    records: watch::Sender<Records>,
+    builder: Arc<dyn Builder>,
+    state: watch::Sender<State>,
+    changes: Mutex<()>,
+    /// Held by whoever empties the trash.
+    trash: Mutex<()>,
     places: Semaphore,
-    /// Opened by the first build, so that a node without buildah can still run the images it has.
-    store: OnceCell<SharedStore>,
     cancel: CancellationToken,
     tasks: TaskTracker,
 }
@@ -55,8 +88,54 @@ pub struct Catalog {
     inner: Arc<Inner>,
 }
 
+/// Leave to run a microVM of a version: the version is not deleted while it is held. To be dropped once the microVM can be
+/// seen by those who delete.
+pub struct Lease {
+    inner: Arc<Inner>,
+    record: ImageRecord,
+}
+
+impl Lease {
+    /// The version.
+    pub fn record(&self) -> &ImageRecord {
+        &self.record
+    }
+
+    /// The directory of its snapshot.
+    pub fn snapshot_dir(&self) -> PathBuf {
+        self.inner.layout.snapshot(&self.record.name, self.record.version)
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.inner.quietly(|state| {
+            if let Some(entry) = state.images.get_mut(&self.record.name)
+                && let Some(count) = entry.leases.get_mut(&self.record.version)
+            {
+                *count = count.saturating_sub(1);
+            }
+        });
+    }
+}
+
+/// Why nothing can be run from an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NotRunnable {
+    /// There is no such image.
+    UnknownImage,
+    /// The image has no such version.
+    UnknownVersion,
+    /// The version asked for, or every one, is not built, INACTIVE or being deleted.
+    NotActive,
+}
+
 fn storage_error(doing: impl Into<String>, source: impl Into<Box<dyn Error + Send + Sync>>) -> CatalogError {
     CatalogError::Storage { doing: doing.into(), source: source.into() }
+}
+
+fn stopping() -> CatalogError {
+    storage_error("changing images", io::Error::other("the node is stopping"))
 }
 
 /// Runs file work off the runtime's threads.
@@ -65,8 +144,14 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send
 }
 
 impl Catalog {
-    /// Opens the catalog; builds that were under way when the last process ended are marked failed and cleaned up.
-    pub async fn open(mut config: BuilderConfig, engine: Arc<dyn Engine>) -> Result<Self, CatalogError> {
+    /// Opens the catalog. Builds that were under way when the last process ended are marked failed and cleaned up; deletions
+    /// are finished.
+    pub async fn open(config: BuilderConfig, engine: Arc<dyn Engine>) -> Result<Self, CatalogError> {
+        let builder = Arc::new(RealBuilder::new(config.clone(), Arc::clone(&engine)));
+        Self::open_with(config, engine, builder).await
+    }
+
+    pub(crate) async fn open_with(mut config: BuilderConfig, engine: Arc<dyn Engine>, builder: Arc<dyn Builder>) -> Result<Self, CatalogError> {
         let dir = config.dir.clone();
         let doing = format!("opening the image catalog in {}", dir.display());
         let opened = blocking(move || {
@@ -74,63 +159,115 @@ impl Catalog {
             // Builds run in another directory, so every path must be absolute.
             let dir = dir.canonicalize()?;
             let layout = Layout::new(dir.clone());
-            let mut records = layout.read_all()?;
-            for record in &mut records {
-                if matches!(record.state, BuildState::Pending | BuildState::InProgress) {
-                    let stop = failure::internal("the node stopped while this image was being built; build it again");
-                    settle(record, Err(stop));
-                    match std::fs::remove_dir_all(layout.snapshot(&record.name, record.version)) {
-                        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                        _ => {}
-                    }
-                    layout.write(record)?;
-                }
-            }
-            Ok((dir, layout, records))
+            let mut found = layout.read_all()?;
+            settle_all(&layout, &mut found);
+            Ok((dir, layout, found))
         });
         let (dir, layout, found) = opened.await.map_err(|error| storage_error(doing, error))?;
         let work = layout.work();
         sandbox::remove_dir(work.clone()).await.map_err(|error| storage_error(format!("removing {}", work.display()), error))?;
 
-        let mut records = Records::new();
-        for record in found {
-            records.entry(record.name.clone()).or_default().insert(record.version, record);
-        }
         config.dir = dir;
+        let images = found.images.into_iter().map(|image| (image.facts.name.clone(), Entry::new(image))).collect();
         let places = Semaphore::new(config.max_concurrent_builds.clamp(1, Semaphore::MAX_PERMITS));
-        let (store, cancel, tasks) = (OnceCell::new(), CancellationToken::new(), TaskTracker::new());
-        let inner = Inner { config, layout, engine, records: watch::Sender::new(records), places, store, cancel, tasks };
-        Ok(Self { inner: Arc::new(inner) })
+        let inner = Arc::new(Inner {
+            config,
+            layout,
+            engine,
+            builder,
+            state: watch::Sender::new(State { images, deleted: found.deleted }),
+            changes: Mutex::new(()),
+            trash: Mutex::new(()),
+            places,
+            cancel: CancellationToken::new(),
+            tasks: TaskTracker::new(),
+        });
+        // What waits there may be large, and nobody waits for it.
+        let trash = Arc::clone(&inner);
+        inner.tasks.spawn(async move { trash.empty_trash().await });
+        Ok(Self { inner })
     }
 
-    /// Starts building version 1.0 of a new image and returns its record (state PENDING or IN_PROGRESS) at once.
-    pub async fn create(&self, request: BuildRequest) -> Result<ImageRecord, CatalogError> {
-        // In a task of its own, so that a caller that goes away leaves nothing half begun.
+    /// Starts building version 1.0 of a new image and returns at once, with that version PENDING or IN_PROGRESS.
+    pub async fn create(&self, request: BuildRequest) -> Result<Image, CatalogError> {
         let inner = Arc::clone(&self.inner);
-        let started = self.inner.tasks.spawn(async move { inner.create(request).await });
-        started.await.unwrap_or_else(|error| Err(storage_error("starting a build", error)))
+        self.change("starting a build", async move { inner.create(request).await }).await
+    }
+
+    /// Starts building the next version of an image, and returns at once.
+    pub async fn update(&self, request: BuildRequest) -> Result<Image, CatalogError> {
+        let inner = Arc::clone(&self.inner);
+        self.change("starting a build", async move { inner.update(request).await }).await
+    }
+
+    /// Makes a version ACTIVE or INACTIVE.
+    pub async fn set_status(&self, name: ImageName, version: ImageVersion, status: VersionStatus) -> Result<ImageRecord, CatalogError> {
+        let inner = Arc::clone(&self.inner);
+        self.change("changing a version", async move { inner.set_status(&name, version, status).await }).await
+    }
+
+    /// Replaces the tags of an image, all at once; durable on return.
+    pub async fn set_tags(&self, name: ImageName, tags: BTreeMap<String, String>) -> Result<Image, CatalogError> {
+        let inner = Arc::clone(&self.inner);
+        self.change("changing the tags of an image", async move { inner.set_tags(&name, tags).await }).await
+    }
+
+    /// Deletes a version: written down on return, done soon. `in_use`: whether microVMs of it are left; asked while no lease
+    /// can be taken. What was deleted before is said to be so.
+    pub async fn delete_version(
+        &self,
+        name: ImageName,
+        version: ImageVersion,
+        in_use: impl FnOnce() -> bool + Send + 'static,
+    ) -> Result<VersionState, CatalogError> {
+        let inner = Arc::clone(&self.inner);
+        self.change("deleting a version", async move { inner.delete_version(name, version, in_use).await }).await
+    }
+
+    /// Deletes an image with all its versions, as [`Self::delete_version`].
+    pub async fn delete(&self, name: ImageName, in_use: impl FnOnce() -> bool + Send + 'static) -> Result<ImageState, CatalogError> {
+        let inner = Arc::clone(&self.inner);
+        self.change("deleting an image", async move { inner.delete(name, in_use).await }).await
+    }
+
+    /// In a task of its own, so that a caller that goes away leaves nothing half begun.
+    async fn change<T: Send + 'static>(&self, doing: &str, work: impl Future<Output = Result<T, CatalogError>> + Send + 'static) -> Result<T, CatalogError> {
+        self.inner.tasks.spawn(work).await.unwrap_or_else(|error| Err(storage_error(doing, error)))
+    }
+
+    /// An image with all its versions.
+    pub fn image(&self, name: &ImageName) -> Option<Image> {
+        self.inner.state.borrow().images.get(name).map(|entry| entry.image.clone())
+    }
+
+    /// All images, by name.
+    pub fn images(&self) -> Vec<Image> {
+        self.inner.state.borrow().images.values().map(|entry| entry.image.clone()).collect()
     }
 
     /// One version.
     pub fn get(&self, name: &ImageName, version: ImageVersion) -> Option<ImageRecord> {
-        self.inner.records.borrow().get(name)?.get(&version).cloned()
+        self.inner.state.borrow().images.get(name)?.image.version(version).cloned()
     }
 
-    /// All versions of an image, oldest first; empty if there is no such image.
-    pub fn versions(&self, name: &ImageName) -> Vec<ImageRecord> {
-        self.inner.records.borrow().get(name).map(|versions| versions.values().cloned().collect()).unwrap_or_default()
-    }
-
-    /// The newest version of every image, by name.
-    pub fn list(&self) -> Vec<ImageRecord> {
-        self.inner.records.borrow().values().filter_map(|versions| versions.values().next_back().cloned()).collect()
-    }
-
-    /// The newest version that microVMs can be run from, with its snapshot directory.
-    pub fn latest_active(&self, name: &ImageName) -> Option<(ImageRecord, PathBuf)> {
-        let records = self.inner.records.borrow();
-        let record = records.get(name)?.values().rev().find(|record| record.state == BuildState::Successful)?;
-        Some((record.clone(), self.snapshot_dir(name, record.version)))
+    /// Leave to run a microVM of a version, or of the newest that is ACTIVE.
+    pub fn lease(&self, name: &ImageName, version: Option<ImageVersion>) -> Result<Lease, NotRunnable> {
+        let mut leased = Err(NotRunnable::UnknownImage);
+        self.inner.quietly(|state| {
+            leased = (|| {
+                let entry = state.images.get_mut(name).ok_or(NotRunnable::UnknownImage)?;
+                let record = match version {
+                    Some(version) => entry.image.version(version).ok_or(NotRunnable::UnknownVersion)?,
+                    None => entry.image.latest_active().ok_or(NotRunnable::NotActive)?,
+                };
+                if !record.is_runnable() || entry.image.facts.deletion.is_some() || entry.closing.contains(&record.version) {
+                    return Err(NotRunnable::NotActive);
+                }
+                *entry.leases.entry(record.version).or_default() += 1;
+                Ok(record.clone())
+            })();
+        });
+        leased.map(|record| Lease { inner: Arc::clone(&self.inner), record })
     }
 
     /// The directory of a version's snapshot (see `Engine::capture_image`).
@@ -138,201 +275,134 @@ impl Catalog {
         self.inner.layout.snapshot(name, version)
     }
 
-    /// The tags of an image; empty if there is no such image.
-    pub fn tags(&self, name: &ImageName) -> Result<BTreeMap<String, String>, CatalogError> {
-        self.inner.layout.read_tags(name).map_err(|error| storage_error(format!("reading the tags of image {name}"), error))
-    }
-
-    /// Replaces the tags of an image, all at once; durable on return. `false`: there is no such image.
-    pub async fn set_tags(&self, name: &ImageName, tags: BTreeMap<String, String>) -> Result<bool, CatalogError> {
-        if !self.inner.records.borrow().contains_key(name) {
-            return Ok(false);
-        }
-        let (layout, image) = (self.inner.layout.clone(), name.clone());
-        match blocking(move || layout.write_tags(&image, &tags)).await {
-            Ok(()) => Ok(true),
-            // Deleted meanwhile: its directory is gone.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-            Err(error) => Err(storage_error(format!("writing the tags of image {name}"), error)),
-        }
-    }
-
-    /// The build log so far (container build, then the app's output until the snapshot), as a file.
+    /// The build log so far (container build, then the app's output until the snapshot), as a file that grows.
     pub fn build_log(&self, name: &ImageName, version: ImageVersion) -> PathBuf {
         self.inner.layout.log(name, version)
     }
 
-    /// Returns when the version is SUCCESSFUL or FAILED.
+    /// Returns when the build of a version has ended.
     pub async fn finished(&self, name: &ImageName, version: ImageVersion) -> Option<ImageRecord> {
-        let mut records = self.inner.records.subscribe();
-        let done = |records: &Records| {
-            let record = records.get(name).and_then(|versions| versions.get(&version));
-            record.is_none_or(|record| matches!(record.state, BuildState::Successful | BuildState::Failed))
-        };
-        // The sender lives in `self`, so waiting cannot fail.
-        records.wait_for(done).await.ok()?.get(name)?.get(&version).cloned()
+        let find = |state: &State| state.images.get(name).and_then(|entry| entry.image.version(version)).cloned();
+        self.wait(|state| find(state).is_none_or(|record| record.state.is_finished()), find).await
     }
 
-    /// Cancels running builds and waits for their clean-up.
+    /// Returns when a version is not there (any more), or could not be deleted.
+    pub async fn version_gone(&self, name: &ImageName, version: ImageVersion) -> Option<ImageRecord> {
+        let find = |state: &State| state.images.get(name).and_then(|entry| entry.image.version(version)).cloned();
+        self.wait(|state| find(state).is_none_or(|record| record.deletion == Some(Deletion::Failed)), find).await
+    }
+
+    /// Returns when an image is not there (any more), or could not be deleted.
+    pub async fn gone(&self, name: &ImageName) -> Option<Image> {
+        let find = |state: &State| state.images.get(name).map(|entry| entry.image.clone());
+        self.wait(|state| find(state).is_none_or(|image| image.facts.deletion == Some(Deletion::Failed)), find).await
+    }
+
+    async fn wait<T>(&self, done: impl Fn(&State) -> bool, find: impl Fn(&State) -> Option<T>) -> Option<T> {
+        let mut state = self.inner.state.subscribe();
+        // The sender lives in `self`, so waiting cannot fail.
+        let state = state.wait_for(|state| done(state)).await.ok()?;
+        find(&state)
+    }
+
+    /// Cancels running builds, lets deletions end, and waits for the clean-up.
     pub async fn close(&self, deadline: CancellationToken) {
         self.inner.cancel.cancel();
         self.inner.tasks.close();
         tokio::select! {
             () = self.inner.tasks.wait() => {}
-            () = deadline.cancelled() => tracing::warn!(builds = self.inner.tasks.len(), "builds did not end in time; the next start cleans up"),
+            () = deadline.cancelled() => tracing::warn!(tasks = self.inner.tasks.len(), "builds did not end in time; the next start cleans up"),
         }
     }
 }
 
-/// Writes the end of a build into its record.
-fn settle(record: &mut ImageRecord, outcome: Result<Port, Stop>) {
-    record.updated_at = SystemTime::now();
-    match outcome {
-        Ok(port) => {
-            record.state = BuildState::Successful;
-            record.ready_port = Some(port);
+/// What a start makes of what it finds. An image that cannot be written keeps others from nothing.
+fn settle_all(layout: &Layout, found: &mut Found) {
+    let mut kept = Vec::new();
+    for mut image in std::mem::take(&mut found.images) {
+        let name = image.facts.name.clone();
+        let warn = |doing: &str, error: &io::Error| tracing::error!(image = %name, %error, "{doing} failed");
+        if image.facts.deletion == Some(Deletion::UnderWay) {
+            match layout.discard_image(&name) {
+                Ok(()) => {
+                    tracing::info!(image = %name, "an image was deleted, as the last process had begun to");
+                    found.deleted.insert(name);
+                    continue;
+                }
+                Err(error) => {
+                    warn("deleting an image", &error);
+                    image.facts.deletion = Some(Deletion::Failed);
+                    let _ = layout.write_image(&image.facts).inspect_err(|error| warn("recording an image", error));
+                }
+            }
         }
-        Err(Stop::Failed(failure)) => {
-            record.state = BuildState::Failed;
-            record.failure = Some(failure);
-        }
-        Err(Stop::Cancelled) => settle(record, Err(failure::internal("the node was stopped while this image was being built; build it again"))),
+        image.versions.retain_mut(|record| {
+            if record.deletion == Some(Deletion::UnderWay) {
+                match layout.discard_version(&name, record.version) {
+                    Ok(()) => return false,
+                    Err(error) => {
+                        warn("deleting a version", &error);
+                        record.deletion = Some(Deletion::Failed);
+                        let _ = layout.write(record).inspect_err(|error| warn("recording a version", error));
+                    }
+                }
+            }
+            if !record.state.is_finished() {
+                builds::settle(record, Err(failure::internal("the node stopped while this image was being built; build it again")));
+                let _ = layout.write(record).inspect_err(|error| warn("recording a build that was cut off", error));
+            }
+            let _ = layout.scrub(record).inspect_err(|error| warn("removing what a build left", error));
+            true
+        });
+        kept.push(image);
     }
+    found.images = kept;
 }
 
 impl Inner {
-    async fn create(self: Arc<Self>, request: BuildRequest) -> Result<ImageRecord, CatalogError> {
-        if self.cancel.is_cancelled() {
-            return Err(storage_error("starting a build", io::Error::other("the node is stopping")));
-        }
-        let now = SystemTime::now();
-        let record = ImageRecord {
-            name: request.name.clone(),
-            version: ImageVersion::FIRST,
-            state: BuildState::Pending,
-            failure: None,
-            shape: Shape { memory_mib: request.memory.mib(), vcpus: 1, disk_gib: request.memory.disk_gib() },
-            memory: request.memory,
-            created_at: now,
-            updated_at: now,
-            hooks: request.hooks,
-            request: request.request.clone(),
-            ready_port: None,
-        };
-        // The name is taken before it is written, so that of two callers only one goes on.
-        let mut refused = None;
-        self.records.send_if_modified(|records| {
-            let waiting = records.values().flat_map(BTreeMap::values).filter(|record| record.state == BuildState::Pending).count();
-            if records.contains_key(&record.name) {
-                refused = Some(CatalogError::NameTaken(record.name.clone()));
-            } else if waiting >= MAX_WAITING {
-                refused = Some(CatalogError::TooManyBuilds { limit: MAX_WAITING });
-            } else {
-                records.entry(record.name.clone()).or_default().insert(record.version, record.clone());
-            }
-            refused.is_none()
-        });
-        if let Some(refused) = refused {
-            return Err(refused);
-        }
-        let (layout, first, tags) = (self.layout.clone(), record.clone(), request.tags.clone());
-        if let Err(error) = blocking(move || layout.create(&first, &tags)).await {
-            self.records.send_modify(|records| {
-                records.remove(&record.name);
-            });
-            return Err(storage_error(format!("writing the record of image {}", record.name), error));
-        }
-        let inner = Arc::clone(&self);
-        let begun = record.clone();
-        self.tasks.spawn(async move { inner.build(request, begun).await });
-        Ok(record)
-    }
-
-    /// Runs a build to its end. Never fails: what goes wrong is in the record.
-    async fn build(self: Arc<Self>, request: BuildRequest, mut record: ImageRecord) {
-        let place = tokio::select! {
-            // The semaphore is never closed.
-            place = self.places.acquire() => place.ok(),
-            () = self.cancel.cancelled() => None,
-        };
-        let outcome = if place.is_some() {
-            record.state = BuildState::InProgress;
-            record.updated_at = SystemTime::now();
-            if let Err(error) = self.put(&record).await {
-                tracing::error!(image = %record.name, %error, "the record of a build cannot be written");
-            }
-            tracing::info!(image = %record.name, version = %record.version, "building an image");
-            let (inner, build) = (Arc::clone(&self), record.clone());
-            // A task of its own: a panic in a build is the end of that build only.
-            let attempt = self.tasks.spawn(async move { inner.attempt(&request, &build).await });
-            attempt.await.unwrap_or_else(|error| Err(failure::internal(format!("the build ended unexpectedly: {error}"))))
-        } else {
-            Err(Stop::Cancelled)
-        };
-        let workspace = self.workspace(&record);
-        if let Err(error) = sandbox::remove_dir(workspace.dir.clone()).await {
-            tracing::warn!(path = %workspace.dir.display(), %error, "what a build left cannot be removed");
-        }
-        settle(&mut record, outcome);
-        match &record.failure {
-            None => tracing::info!(image = %record.name, version = %record.version, "an image was built"),
-            Some(failure) => tracing::warn!(image = %record.name, version = %record.version, code = failure.code, reason = failure.message, "an image was not built"),
-        }
-        if let Err(error) = self.put(&record).await {
-            tracing::error!(image = %record.name, %error, "the record of a build cannot be written");
-            // What is only in memory would be gone with this process, so it is not called done.
-            settle(&mut record, Err(failure::internal(format!("the record of the build could not be written: {error}"))));
-            record.ready_port = None;
-            self.publish(&record);
-        }
-    }
-
-    async fn attempt(&self, request: &BuildRequest, record: &ImageRecord) -> Result<Port, Stop> {
-        let log_path = self.layout.log(&record.name, record.version);
-        let mut log = BuildLog::create(&log_path).map_err(|error| failure::internal(format!("making {} failed: {error}", log_path.display())))?;
-        let built = self.attempt_logged(request, record, &mut log).await;
-        match &built {
-            Ok(_) => log.note("The image is ready."),
-            Err(Stop::Failed(failure)) => log.note(&format!("The build failed. {}: {}", failure.code, failure.message)),
-            Err(Stop::Cancelled) => log.note("The build was cancelled because the node is stopping."),
-        }
-        built
-    }
-
-    async fn attempt_logged(&self, request: &BuildRequest, record: &ImageRecord, log: &mut BuildLog) -> Result<Port, Stop> {
-        let store = self.store.get_or_try_init(|| SharedStore::open(&self.config.base_dir)).await?;
-        let workspace = self.workspace(record);
-        pipeline::run(Inputs {
-            request,
-            shape: record.shape,
-            store,
-            engine: &self.engine,
-            workspace: &workspace,
-            log,
-            label: format!("{}-{}", record.name, record.version),
-            snapshot: self.layout.snapshot(&record.name, record.version),
-            build_timeout: self.config.build_timeout,
-            ready_timeout: self.config.ready_timeout,
-            cancel: &self.cancel,
-        })
-        .await
-    }
-
-    fn workspace(&self, record: &ImageRecord) -> Workspace {
-        Workspace { dir: self.layout.work().join(format!("{}-{}", record.name, record.version)) }
-    }
-
-    /// On disk first, then for everybody to see.
-    async fn put(&self, record: &ImageRecord) -> io::Result<()> {
-        let (layout, written) = (self.layout.clone(), record.clone());
-        blocking(move || layout.write(&written)).await?;
-        self.publish(record);
-        Ok(())
-    }
-
-    fn publish(&self, record: &ImageRecord) {
-        self.records.send_modify(|records| {
-            records.entry(record.name.clone()).or_default().insert(record.version, record.clone());
+    /// Changes what watchers do not wait for.
+    fn quietly(&self, change: impl FnOnce(&mut State)) {
+        self.state.send_if_modified(|state| {
+            change(state);
+            false
         });
     }
+
+    fn publish(&self, name: &ImageName, change: impl FnOnce(&mut Entry)) {
+        self.state.send_modify(|state| {
+            if let Some(entry) = state.images.get_mut(name) {
+                change(entry);
+            }
+        });
+    }
+
+    /// Removes what was discarded. What cannot be removed is tried again with the next deletion and at the next start.
+    async fn empty_trash(&self) {
+        let _one = self.trash.lock().await;
+        let trash = self.layout.trash();
+        let shown = trash.display().to_string();
+        if let Err(error) = blocking(move || empty(&trash)).await {
+            tracing::warn!(path = shown, %error, "what was deleted still takes space");
+        }
+    }
+}
+
+fn empty(trash: &Path) -> io::Result<()> {
+    let entries = match std::fs::read_dir(trash) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        entries => entries?,
+    };
+    for entry in entries {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() { std::fs::remove_dir_all(entry.path())? } else { std::fs::remove_file(entry.path())? }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;
+
+/// A wall time that never goes back behind another.
+fn later_than(other: SystemTime) -> SystemTime {
+    SystemTime::now().max(other)
 }

@@ -67,6 +67,7 @@ impl From<ArchiveError> for Stop {
         match error {
             ArchiveError::Cancelled => Self::Cancelled,
             ArchiveError::NoDockerfile { .. } | ArchiveError::DockerfileKind => failed(ARCHIVE_DOCKERFILE_NOT_FOUND, message),
+            ArchiveError::Object { code, .. } => failed(code, message),
             ArchiveError::Write { ref source, .. } if source.kind() == std::io::ErrorKind::StorageFull => disk_full(message),
             ArchiveError::Write { .. } => internal(message),
             _ => failed(ARCHIVE_INVALID, message),

@@ -12,29 +12,46 @@ mod catalog;
 mod container;
 mod dockerfile;
 mod failure;
+mod image;
 mod image_config;
+mod job;
 mod pipeline;
 mod records;
 mod reference;
 mod rootfs;
 mod sandbox;
+#[cfg(any(test, feature = "testing"))]
+mod scripted;
 
-use std::{collections::BTreeMap, path::PathBuf, time::SystemTime};
+use std::{collections::BTreeMap, path::PathBuf};
 
-use model::{Hooks, ImageName, ImageVersion, MemorySize, Rights, Shape};
+use model::{Hooks, ImageName, ImageVersion, MemorySize, Rights};
 
 pub use base::{BaseError, ensure_base};
-pub use catalog::Catalog;
+pub use catalog::{Catalog, Lease, NotRunnable};
+pub use image::{BuildFacts, BuildFailure, BuildState, Deletion, Image, ImageFacts, ImageRecord, ImageState, VersionState, VersionStatus};
+#[cfg(feature = "testing")]
+pub use scripted::ScriptedBuilds;
+
+/// The variable of every guest that holds the version of its image (aws-behaviour §5.3). The builder sets it, because it is
+/// the catalog that gives an image its version.
+pub const VERSION_VARIABLE: &str = "AWS_LAMBDA_MICROVM_IMAGE_VERSION";
 
 /// Where the catalog keeps what.
 #[derive(Debug, Clone)]
 pub struct BuilderConfig {
-    /// Images live in `<dir>/<name>/<version>/`, work in progress in `<dir>/.work/`.
+    /// Images live in `<dir>/<name>/<version>/`, work in progress in `<dir>/.work/`, what is being removed in `<dir>/.trash/`.
     pub dir: PathBuf,
     /// Base images and their caches, shared by every node on the host (made once by mmdebstrap).
     pub base_dir: PathBuf,
     /// Builds at a time; more wait.
     pub max_concurrent_builds: usize,
+    /// Builds that run and wait together; one more is refused.
+    pub max_unfinished_builds: usize,
+    /// Images; one more is refused.
+    pub max_images: usize,
+    /// Versions of one image; one more is refused.
+    pub max_versions: usize,
     /// How long the app has to listen.
     pub ready_timeout: std::time::Duration,
     /// How long the container build has.
@@ -44,10 +61,19 @@ pub struct BuilderConfig {
 /// Where the code of an image comes from.
 #[derive(Debug, Clone)]
 pub enum Artifact {
-    /// A zip file on this host (an S3 object is resolved to its file by the caller).
+    /// A zip file on this host.
     Zip(PathBuf),
     /// A directory on this host.
     Directory(PathBuf),
+    /// A zip in the embedded S3, looked for when the build begins, as AWS does.
+    Object {
+        /// `s3://bucket/key`, for messages.
+        uri: String,
+        /// The directory of its bucket.
+        bucket: PathBuf,
+        /// The file that it is if it is there.
+        object: PathBuf,
+    },
 }
 
 /// What to build.
@@ -59,7 +85,7 @@ pub struct BuildRequest {
     pub artifact: Artifact,
     /// Baseline size.
     pub memory: MemorySize,
-    /// Variables added to the image's ENV.
+    /// Variables added to the image's ENV, before [`VERSION_VARIABLE`].
     pub environment: BTreeMap<String, String>,
     /// What the app may do.
     pub rights: Rights,
@@ -71,69 +97,54 @@ pub struct BuildRequest {
     pub request: serde_json::Value,
 }
 
-/// How far a version is (aws-behaviour §5.1).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
-pub enum BuildState {
-    /// Waits for a place.
-    Pending,
-    /// Is being built.
-    InProgress,
-    /// microVMs can be run from it.
-    Successful,
-    /// `state_reason` says why.
-    Failed,
-}
-
-/// One version of an image.
-#[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
-pub struct ImageRecord {
-    /// Name of the image.
-    pub name: ImageName,
-    /// Version.
-    pub version: ImageVersion,
-    /// How far it is.
-    pub state: BuildState,
-    /// For a failure: the code of aws-behaviour §5.1 (`CONTAINER_BUILD_FAILED` …) and a sentence.
-    pub failure: Option<BuildFailure>,
-    /// Size of a guest of it.
-    pub shape: Shape,
-    /// Baseline size asked for.
-    pub memory: MemorySize,
-    /// When the build was asked for.
-    pub created_at: SystemTime,
-    /// When the state last changed.
-    pub updated_at: SystemTime,
-    /// As in [`BuildRequest::hooks`].
-    #[serde(default)]
-    pub hooks: Option<Hooks>,
-    /// As in [`BuildRequest::request`].
-    pub request: serde_json::Value,
-    /// The first exposed port that listened when the snapshot was taken; the hook port if it was `/ready` that said so.
-    pub ready_port: Option<model::Port>,
-}
-
-/// Why a build failed.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct BuildFailure {
-    /// `ARCHIVE_DOCKERFILE_NOT_FOUND`, `ARCHIVE_INVALID`, `CONTAINER_BUILD_FAILED`, `DISK_STORAGE_FULL`, `INTERNAL_PLATFORM_ERROR` …
-    pub code: String,
-    /// A sentence for the person who asked: which line failed, and the last lines of its output.
-    pub message: String,
-}
-
-/// Why a build was not even started.
+/// Why the catalog did not do what it was asked. Nothing was changed.
 #[derive(Debug, thiserror::Error)]
 pub enum CatalogError {
-    /// There is an image of this name.
+    /// There is an image of this name (aws-behaviour §5.1).
     #[error("A MicroVM image with the name '{0}' already exists in this account")]
     NameTaken(ImageName),
-    /// Too many builds wait already (AWS: ServiceQuotaExceededException, aws-behaviour §5.1).
-    #[error("{limit} image builds are waiting already; try again when some of them have ended")]
+    /// Too many builds run and wait already (aws-behaviour §5.1).
+    #[error("The maximum number of concurrent builds has been reached: this node takes {limit}. Try again when one of them has ended")]
     TooManyBuilds {
-        /// How many may wait.
+        /// How many may run and wait.
         limit: usize,
     },
+    /// aws-behaviour §7.4.
+    #[error("The maximum number of MicroVM images has been reached: this node takes {limit}. Delete one that is not needed")]
+    TooManyImages {
+        /// How many there may be.
+        limit: usize,
+    },
+    /// aws-behaviour §7.4.
+    #[error("The maximum number of versions of a MicroVM image has been reached: this node takes {limit}. Delete one that is not needed")]
+    TooManyVersions {
+        /// How many there may be.
+        limit: usize,
+    },
+    /// There is no such image.
+    #[error("there is no image '{0}'")]
+    UnknownImage(ImageName),
+    /// The image never had such a version.
+    #[error("the image '{0}' has no version {1}")]
+    UnknownVersion(ImageName, ImageVersion),
+    /// Something else is under way with the image (aws-behaviour §5.1).
+    #[error("MicroVM Image is already in state: {0}")]
+    Busy(ImageState),
+    /// An image that is being built or changed is not deleted (aws-behaviour §5.1).
+    #[error("Cannot delete MicroVM image in its current state: {0}")]
+    NotDeletable(ImageState),
+    /// microVMs of the image have not ended yet (aws-behaviour §5.1).
+    #[error("Cannot delete microvm image with running microvms.")]
+    InUse,
+    /// microVMs of the version have not ended yet.
+    #[error("Cannot delete microvm image version with running microvms.")]
+    VersionInUse,
+    /// An image has at least one version (aws-behaviour §5.1).
+    #[error("Cannot delete version {0}, the last one of the MicroVM image. Delete the MicroVM image instead.")]
+    LastVersion(ImageVersion),
+    /// Only what was built can be run.
+    #[error("Version {0} of the MicroVM image cannot be made ACTIVE: it was not built, or is being deleted")]
+    NotActivatable(ImageVersion),
     /// The catalog's own storage failed.
     #[error("{doing} failed")]
     Storage {

@@ -31,6 +31,7 @@ use crate::{
     container::{self, Build, Workspace},
     dockerfile::Dockerfile,
     failure::{self, Stop},
+    image::BuildFacts,
     image_config,
     rootfs,
     sandbox,
@@ -55,6 +56,8 @@ pub(crate) struct Inputs<'a> {
     pub label: String,
     /// Where the snapshot goes; does not exist yet.
     pub snapshot: PathBuf,
+    /// What is found out on the way.
+    pub facts: &'a mut BuildFacts,
     pub build_timeout: Duration,
     pub ready_timeout: Duration,
     pub cancel: &'a CancellationToken,
@@ -62,7 +65,7 @@ pub(crate) struct Inputs<'a> {
 
 /// Returns the port that listened when the snapshot was taken.
 pub(crate) async fn run(inputs: Inputs<'_>) -> Result<Port, Stop> {
-    let Inputs { request, shape, store, engine, workspace, log, label, snapshot, build_timeout, ready_timeout, cancel } = inputs;
+    let Inputs { request, shape, store, engine, workspace, log, label, snapshot, facts, build_timeout, ready_timeout, cancel } = inputs;
     let begun = Instant::now();
     let context = workspace.context();
     for dir in [&context, &workspace.boot()] {
@@ -84,17 +87,19 @@ pub(crate) async fn run(inputs: Inputs<'_>) -> Result<Port, Stop> {
         shape.disk_gib,
         step.elapsed().as_secs_f64()
     ));
+    facts.code_bytes = Some(root.disk_bytes);
     for (name, value) in &request.environment {
         image_config::set(&mut root.app.env, name, value);
     }
     root.app.rights = request.rights;
     let app = root.app;
-    let mut guest = Guest { engine, workspace, log, app: &app, hooks: request.hooks, cancel };
+    let mut guest = Guest { engine, workspace, log, app: &app, hooks: request.hooks, facts, cancel };
     let port = guest.boot_and_capture(label, shape, snapshot.clone(), ready_timeout).await?;
     if let Some(hooks) = request.hooks.filter(|hooks| hooks.validate.is_some())
         && let Err(stop) = guest.validate(&hooks, &snapshot).await
     {
-        // What is not valid is not there.
+        // What is not valid is not there, and nothing waits ready for it.
+        engine.forget(snapshot.clone()).await;
         if let Err(error) = sandbox::remove_dir(snapshot.clone()).await {
             tracing::warn!(path = %snapshot.display(), %error, "a snapshot that is not valid cannot be removed");
         }
@@ -121,6 +126,7 @@ struct Guest<'a> {
     log: &'a mut BuildLog,
     app: &'a AppSpec,
     hooks: Option<Hooks>,
+    facts: &'a mut BuildFacts,
     cancel: &'a CancellationToken,
 }
 
@@ -159,8 +165,10 @@ impl Guest<'_> {
             }
         };
         let step = Instant::now();
-        let captured = self.unless_cancelled(self.engine.capture_image(Arc::clone(vm), snapshot)).await?;
+        // Not given up half way: what has begun to commit would do so behind the back of a build that is already FAILED.
+        let captured = self.engine.capture_image(Arc::clone(vm), snapshot).await;
         let image = captured.map_err(|error| engine_failure(&error, self.app, &output))?;
+        (self.facts.memory_bytes, self.facts.disk_bytes) = (Some(image.memory_bytes), Some(image.disk_bytes));
         self.log.note(&format!(
             "The snapshot was taken: {} MiB of memory, {} MiB of disk ({:.1} s).",
             image.memory_bytes >> 20,

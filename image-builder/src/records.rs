@@ -1,24 +1,42 @@
-//! Records of image versions on disk: one JSON file per version, and one with the tags of each image, replaced whole.
+//! Records of images and of their versions on disk: one JSON file each, replaced whole.
 //!
-//! Owns: where things lie in the catalog's directory, and that a crash leaves the old record or the new one. Never decides
-//! what a record says.
+//! Owns: where things lie in the catalog's directory, and that a crash leaves the old state or the new one: an image and a
+//! version appear by one rename and disappear by one rename. Never decides what a record says.
+//!
+//! ```text
+//! <name>/image.json              what the image is beside its versions
+//! <name>/<version>/record.json   a version
+//! <name>/<version>/build.log     its build
+//! <name>/<version>/snapshot/     what the engine made of it
+//! .work/                         builds and what is being put together; empty after a start
+//! .trash/                        what is being removed; emptied after a start
+//! .deleted/<name>                an empty file for each image that was deleted
+//! ```
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
+    ffi::OsStr,
     fs::{self, File},
     io::{self, Write},
     path::{Path, PathBuf},
+    time::SystemTime,
 };
 
 use model::{ImageName, ImageVersion};
+use serde::{Serialize, de::DeserializeOwned};
 
-use crate::ImageRecord;
+use crate::{Image, ImageFacts, ImageRecord, image::BuildState};
 
+const IMAGE: &str = "image.json";
 const RECORD: &str = "record.json";
-/// Beside the versions of an image; no version is called so.
-const TAGS: &str = "tags.json";
-/// No image can have this name: a dot is not allowed in one.
+const LOG: &str = "build.log";
+const SNAPSHOT: &str = "snapshot";
+// No image can have such a name: a dot is not allowed in one.
 const WORK: &str = ".work";
+const TRASH: &str = ".trash";
+const DELETED: &str = ".deleted";
+/// Names of deleted images that are remembered; the oldest are forgotten at a start.
+const MAX_DELETED: usize = 10_000;
 
 /// The catalog's directory.
 #[derive(Debug, Clone)]
@@ -26,151 +44,260 @@ pub(crate) struct Layout {
     dir: PathBuf,
 }
 
+/// What a start finds.
+#[derive(Debug, Default)]
+pub(crate) struct Found {
+    pub images: Vec<Image>,
+    /// Names of images that were deleted and not made again.
+    pub deleted: BTreeSet<ImageName>,
+}
+
 impl Layout {
     pub fn new(dir: PathBuf) -> Self {
         Self { dir }
     }
 
-    pub fn version(&self, name: &ImageName, version: ImageVersion) -> PathBuf {
-        self.dir.join(name.as_str()).join(version.to_string())
+    fn image(&self, name: &ImageName) -> PathBuf {
+        self.dir.join(name.as_str())
+    }
+
+    fn version(&self, name: &ImageName, version: ImageVersion) -> PathBuf {
+        self.image(name).join(version.to_string())
     }
 
     pub fn snapshot(&self, name: &ImageName, version: ImageVersion) -> PathBuf {
-        self.version(name, version).join("snapshot")
+        self.version(name, version).join(SNAPSHOT)
     }
 
     pub fn log(&self, name: &ImageName, version: ImageVersion) -> PathBuf {
-        self.version(name, version).join("build.log")
+        self.version(name, version).join(LOG)
     }
 
     pub fn work(&self) -> PathBuf {
         self.dir.join(WORK)
     }
 
-    /// Makes the directory of a new version and writes its first record, after the tags of a new image. Fails if there is
-    /// one.
-    pub fn create(&self, record: &ImageRecord, tags: &BTreeMap<String, String>) -> io::Result<()> {
-        let dir = self.version(&record.name, record.version);
-        let image = self.dir.join(record.name.as_str());
-        fs::create_dir_all(&image)?;
-        if !tags.is_empty() {
-            self.write_tags(&record.name, tags)?;
-        }
-        fs::create_dir(&dir)?;
-        let written = self.write(record).and_then(|()| sync_dir(&image)).and_then(|()| sync_dir(&self.dir));
-        if written.is_err() {
-            // Best effort: what cannot be written can perhaps not be removed either, and the caller learns of the first.
-            let _ = fs::remove_dir_all(&dir);
-            let _ = fs::remove_file(image.join(TAGS));
-            let _ = fs::remove_dir(&image);
-        }
-        written
+    pub fn trash(&self) -> PathBuf {
+        self.dir.join(TRASH)
     }
 
-    /// The tags of an image; none if there never were any.
-    pub fn read_tags(&self, name: &ImageName) -> io::Result<BTreeMap<String, String>> {
-        match fs::read(self.dir.join(name.as_str()).join(TAGS)) {
-            Ok(text) => Ok(serde_json::from_slice(&text)?),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(BTreeMap::new()),
-            Err(error) => Err(error),
+    fn deleted(&self, name: &ImageName) -> PathBuf {
+        self.dir.join(DELETED).join(name.as_str())
+    }
+
+    /// Makes a new image with its first version; durable on return. Fails if there is anything of that name.
+    pub fn create_image(&self, facts: &ImageFacts, first: &ImageRecord) -> io::Result<()> {
+        let staged = self.stage()?;
+        write_json(staged.path(), IMAGE, facts)?;
+        let version = staged.path().join(first.version.to_string());
+        fs::create_dir(&version)?;
+        write_json(&version, RECORD, first)?;
+        sync_dir(staged.path())?;
+        commit(staged, &self.image(&first.name))?;
+        // A name that is taken again was not deleted; the image itself says so as well.
+        match fs::remove_file(self.deleted(&first.name)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => tracing::warn!(image = %first.name, %error, "a deleted image of this name is still remembered"),
+            _ => {}
         }
+        Ok(())
     }
 
-    /// Replaces the tags of an image that is there; durable on return.
-    pub fn write_tags(&self, name: &ImageName, tags: &BTreeMap<String, String>) -> io::Result<()> {
-        replace(&self.dir.join(name.as_str()), TAGS, tags)
+    /// Makes a new version; durable on return. Its number is taken first, so that a crash in between wastes a number and
+    /// never gives one twice.
+    pub fn create_version(&self, facts: &ImageFacts, record: &ImageRecord) -> io::Result<()> {
+        self.write_image(facts)?;
+        let staged = self.stage()?;
+        write_json(staged.path(), RECORD, record)?;
+        commit(staged, &self.version(&record.name, record.version))
     }
 
-    /// Replaces the record; durable on return.
+    fn stage(&self) -> io::Result<tempfile::TempDir> {
+        let work = self.work();
+        fs::create_dir_all(&work)?;
+        tempfile::Builder::new().prefix("new-").permissions(std::os::unix::fs::PermissionsExt::from_mode(0o755)).tempdir_in(&work)
+    }
+
+    /// Replaces what is known of an image; durable on return.
+    pub fn write_image(&self, facts: &ImageFacts) -> io::Result<()> {
+        write_json(&self.image(&facts.name), IMAGE, facts)
+    }
+
+    /// Replaces the record of a version; durable on return.
     pub fn write(&self, record: &ImageRecord) -> io::Result<()> {
-        replace(&self.version(&record.name, record.version), RECORD, record)
+        write_json(&self.version(&record.name, record.version), RECORD, record)
     }
 
-    /// Every record that can be read. One that cannot is left where it is, and its name stays taken.
-    pub fn read_all(&self) -> io::Result<Vec<ImageRecord>> {
+    /// Takes a version away; durable on return. Its files are in the trash.
+    pub fn discard_version(&self, name: &ImageName, version: ImageVersion) -> io::Result<()> {
+        self.discard(&self.version(name, version))
+    }
+
+    /// Takes an image away; durable on return. Its name is remembered, its files are in the trash.
+    pub fn discard_image(&self, name: &ImageName) -> io::Result<()> {
+        let deleted = self.dir.join(DELETED);
+        fs::create_dir_all(&deleted)?;
+        File::create(self.deleted(name))?.sync_all()?;
+        sync_dir(&deleted)?;
+        self.discard(&self.image(name))
+    }
+
+    fn discard(&self, what: &Path) -> io::Result<()> {
+        let trash = self.trash();
+        fs::create_dir_all(&trash)?;
+        match fs::rename(what, trash.join(uuid::Uuid::new_v4().simple().to_string())) {
+            // Somebody else has removed it.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            done => done?,
+        }
+        // Both names changed.
+        sync_dir(&trash)?;
+        what.parent().map_or(Ok(()), sync_dir)
+    }
+
+    /// Everything that can be read. What cannot is left where it is, and its name stays taken; what a crash left of something
+    /// that never was a version goes to the trash.
+    pub fn read_all(&self) -> io::Result<Found> {
         fs::create_dir_all(&self.dir)?;
-        let mut records = Vec::new();
-        for image in fs::read_dir(&self.dir)? {
-            let image = image?;
-            let Some(name) = image.file_name().to_str().and_then(|text| text.parse::<ImageName>().ok()) else { continue };
-            for version in fs::read_dir(image.path())? {
-                let path = version?.path();
-                if !path.is_dir() {
-                    continue;
+        let mut found = Found::default();
+        for entry in fs::read_dir(&self.dir)? {
+            let entry = entry?;
+            let Some(name) = image_name(&entry.file_name()) else { continue };
+            if !entry.file_type()?.is_dir() {
+                tracing::warn!(path = %entry.path().display(), "this is not an image and is left alone");
+                continue;
+            }
+            // One image that cannot be looked at hides itself and no other.
+            match self.read_image(&name) {
+                Ok(Some(image)) => found.images.push(image),
+                Ok(None) => {}
+                Err(error) => tracing::error!(path = %entry.path().display(), %error, "an image cannot be read and is left alone"),
+            }
+        }
+        found.deleted = self.read_deleted()?;
+        for image in &found.images {
+            found.deleted.remove(&image.facts.name);
+        }
+        Ok(found)
+    }
+
+    fn read_image(&self, name: &ImageName) -> io::Result<Option<Image>> {
+        let dir = self.image(name);
+        let (mut versions, mut damaged): (Vec<ImageRecord>, _) = (Vec::new(), false);
+        for entry in fs::read_dir(&dir)? {
+            let entry = entry?;
+            if !entry.file_type()?.is_dir() {
+                // Of a writer that was killed (see `write_json`).
+                if entry.file_name().as_encoded_bytes().starts_with(b".tmp") {
+                    fs::remove_file(entry.path())?;
                 }
-                match read(&path.join(RECORD)) {
-                    Ok(record) if record.name == name && self.version(&name, record.version) == path => records.push(record),
-                    Ok(_) => tracing::error!(path = %path.display(), "an image record belongs to another image and is left alone"),
-                    Err(error) => tracing::error!(path = %path.display(), %error, "an image record cannot be read and is left alone"),
+                continue;
+            }
+            let path = entry.path();
+            match read_json::<ImageRecord>(&path.join(RECORD)) {
+                Ok(record) if record.name == *name && self.version(name, record.version) == path => versions.push(record),
+                Ok(_) => {
+                    damaged = true;
+                    tracing::error!(path = %path.display(), "an image record belongs to another image and is left alone");
+                }
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    tracing::warn!(path = %path.display(), "what a crash left of a version that never was is removed");
+                    self.discard(&path)?;
+                }
+                Err(error) => {
+                    damaged = true;
+                    tracing::error!(path = %path.display(), %error, "an image record cannot be read and is left alone");
                 }
             }
         }
-        Ok(records)
+        versions.sort_by_key(|record| record.version);
+        let (Some(first), Some(last)) = (versions.first(), versions.last()) else {
+            if !damaged {
+                tracing::warn!(path = %dir.display(), "what a crash left of an image that never was is removed");
+                self.discard(&dir)?;
+            }
+            return Ok(None);
+        };
+        let mut facts = match read_json::<ImageFacts>(&dir.join(IMAGE)) {
+            Ok(facts) => facts,
+            // Nodes before updates of images did not write one.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let facts = ImageFacts {
+                    name: name.clone(),
+                    id: uuid::Uuid::new_v4().to_string(),
+                    created_at: first.created_at,
+                    updated_at: last.updated_at,
+                    last_version: last.version,
+                    deletion: None,
+                    tags: BTreeMap::new(),
+                };
+                self.write_image(&facts)?;
+                facts
+            }
+            Err(error) => return Err(error),
+        };
+        facts.last_version = facts.last_version.max(last.version);
+        Ok(Some(Image { facts, versions }))
+    }
+
+    fn read_deleted(&self) -> io::Result<BTreeSet<ImageName>> {
+        let entries = match fs::read_dir(self.dir.join(DELETED)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(BTreeSet::new()),
+            entries => entries?,
+        };
+        let mut deleted: Vec<(SystemTime, ImageName)> = Vec::new();
+        for entry in entries {
+            let entry = entry?;
+            if let Some(name) = image_name(&entry.file_name()) {
+                deleted.push((entry.metadata()?.modified()?, name));
+            }
+        }
+        deleted.sort();
+        for (_, name) in deleted.drain(..deleted.len().saturating_sub(MAX_DELETED)) {
+            fs::remove_file(self.deleted(&name))?;
+        }
+        Ok(deleted.into_iter().map(|(_, name)| name).collect())
+    }
+
+    /// Removes what does not belong to a version: temporary files of writers that were killed, and everything that a build
+    /// that failed has left beside its log.
+    pub fn scrub(&self, record: &ImageRecord) -> io::Result<()> {
+        let keeps = |name: &OsStr| name == RECORD || name == LOG || (name == SNAPSHOT && record.state == BuildState::Successful);
+        for entry in fs::read_dir(self.version(&record.name, record.version))? {
+            let entry = entry?;
+            if keeps(&entry.file_name()) {
+                continue;
+            }
+            if entry.file_type()?.is_dir() { fs::remove_dir_all(entry.path())? } else { fs::remove_file(entry.path())? }
+        }
+        Ok(())
     }
 }
 
-/// Writes a file of JSON, the old one or the new one at every instant; durable on return.
-fn replace(dir: &Path, name: &str, content: &impl serde::Serialize) -> io::Result<()> {
+fn image_name(text: &OsStr) -> Option<ImageName> {
+    text.to_str()?.parse().ok()
+}
+
+/// Gives what was staged its name, durably. Fails if there is anything of that name (but an empty directory).
+fn commit(staged: tempfile::TempDir, to: &Path) -> io::Result<()> {
+    fs::rename(staged.path(), to)?;
+    // Nothing is left to remove.
+    let _ = staged.keep();
+    to.parent().map_or(Ok(()), sync_dir)
+}
+
+fn write_json<T: Serialize>(dir: &Path, name: &str, value: &T) -> io::Result<()> {
     let mut file = tempfile::NamedTempFile::new_in(dir)?;
-    serde_json::to_writer_pretty(&mut file, content)?;
+    serde_json::to_writer_pretty(&mut file, value)?;
     file.write_all(b"\n")?;
     file.as_file().sync_all()?;
     file.persist(dir.join(name)).map_err(|error| error.error)?;
     sync_dir(dir)
 }
 
-fn read(path: &Path) -> io::Result<ImageRecord> {
+fn read_json<T: DeserializeOwned>(path: &Path) -> io::Result<T> {
     Ok(serde_json::from_slice(&fs::read(path)?)?)
 }
 
 fn sync_dir(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()
-}
-
-#[cfg(test)]
-mod tests {
-    use std::time::SystemTime;
-
-    use model::{MemorySize, Shape};
-
-    use super::*;
-    use crate::BuildState;
-
-    fn record(name: &str) -> ImageRecord {
-        let memory = MemorySize::DEFAULT;
-        ImageRecord {
-            name: name.parse().unwrap(),
-            version: ImageVersion::FIRST,
-            state: BuildState::Pending,
-            failure: None,
-            shape: Shape { memory_mib: memory.mib(), vcpus: 1, disk_gib: memory.disk_gib() },
-            memory,
-            created_at: SystemTime::UNIX_EPOCH,
-            updated_at: SystemTime::UNIX_EPOCH,
-            request: serde_json::Value::Null,
-            ready_port: None,
-            hooks: None,
-        }
-    }
-
-    #[test]
-    fn tags_are_the_images_and_are_replaced_whole() {
-        let dir = tempfile::tempdir().unwrap();
-        let layout = Layout::new(dir.path().to_owned());
-        let (tagged, plain) = (record("tagged"), record("plain"));
-        let tags = |pairs: &[(&str, &str)]| pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect::<BTreeMap<_, _>>();
-        layout.create(&tagged, &tags(&[("a", "1"), ("b", "")])).unwrap();
-        layout.create(&plain, &tags(&[])).unwrap();
-        assert_eq!(layout.read_tags(&tagged.name).unwrap(), tags(&[("a", "1"), ("b", "")]));
-        assert_eq!(layout.read_tags(&plain.name).unwrap(), tags(&[]));
-        layout.write_tags(&tagged.name, &tags(&[("c", "2")])).unwrap();
-        assert_eq!(layout.read_tags(&tagged.name).unwrap(), tags(&[("c", "2")]));
-        // The file of the tags is no version, and nothing unfinished is left beside it.
-        assert_eq!(layout.read_all().unwrap().len(), 2);
-        assert_eq!(fs::read_dir(dir.path().join("tagged")).unwrap().count(), 2);
-        assert!(layout.write_tags(&record("none").name, &tags(&[])).is_err(), "no image, no tags");
-        // A damaged file is told of and not taken for no tags: the next change would make the loss lasting.
-        fs::write(dir.path().join("tagged").join(TAGS), "{").unwrap();
-        assert!(layout.read_tags(&tagged.name).is_err());
-    }
 }

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use image_builder::{Artifact, BuildRequest, BuildState, Catalog, CatalogError};
+use image_builder::{Artifact, BuildRequest, BuildState, Catalog, CatalogError, ImageRecord};
 use model::{Hook, Hooks, ImageVersion};
 use support::{Bench, can_build, config, image, port, processes_of, request, within, zip};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -50,9 +50,11 @@ async fn the_articles_app_becomes_a_snapshot() {
 
     // The next process finds it.
     let again = Catalog::open(config(bench.dir.path()), Arc::new(bench.engine.clone())).await.unwrap();
-    let (active, dir) = again.latest_active(&image("hello")).unwrap();
-    assert_eq!((active.state, active.ready_port), (BuildState::Successful, Some(port(8080))));
-    assert!(dir.join("manifest.json").is_file());
+    let lease = again.lease(&image("hello"), None).ok().unwrap();
+    assert_eq!((lease.record().state, lease.record().ready_port), (BuildState::Successful, Some(port(8080))));
+    assert!(lease.snapshot_dir().join("manifest.json").is_file());
+    let facts = &lease.record().build;
+    assert!(facts.id.starts_with("build-") && facts.code_bytes.is_some_and(|bytes| bytes > 50 << 20) && facts.memory_bytes.is_some(), "{facts:?}");
     let taken = again.create(request("hello", Artifact::Directory("/nowhere".into()))).await;
     assert!(matches!(taken, Err(CatalogError::NameTaken(_))));
 }
@@ -138,6 +140,19 @@ async fn failures_say_what_to_mend() {
     std::fs::write(&path, &zip(&[("Dockerfile", "FROM debian")])[..40]).unwrap();
     let failure = bench.build_artifact("bad", Artifact::Zip(path)).await.failure.unwrap();
     assert_eq!(failure.code, "ARCHIVE_INVALID");
+    let bucket = bench.dir.path().join("bucket");
+    std::fs::create_dir_all(bucket.join("prefix")).unwrap();
+    std::fs::write(bucket.join("empty.zip"), "").unwrap();
+    for (name, bucket, key, code) in [
+        ("no-key", &bucket, "gone.zip", "S3_NO_SUCH_KEY"),
+        ("prefix", &bucket, "prefix", "S3_NO_SUCH_KEY"),
+        ("no-bucket", &bench.dir.path().join("none"), "gone.zip", "S3_NO_SUCH_BUCKET"),
+        ("empty", &bucket, "empty.zip", "S3_INVALID_OBJECT"),
+    ] {
+        let artifact = Artifact::Object { uri: format!("s3://bucket/{key}"), bucket: bucket.clone(), object: bucket.join(key) };
+        let failure = bench.build_artifact(name, artifact).await.failure.unwrap();
+        assert!(failure.code == code && failure.message.contains(&format!("s3://bucket/{key}")), "{name}: {failure:?}");
+    }
     let failure = bench.build_artifact("gone", Artifact::Zip(bench.dir.path().join("gone.zip"))).await.failure.unwrap();
     assert!(failure.message.contains("gone.zip cannot be read"), "{failure:?}");
     assert_eq!(bench.engine.boots.borrow().len(), 0, "nothing of this was booted");
@@ -156,7 +171,9 @@ async fn an_app_that_does_not_come_up_fails_the_build() {
     assert_eq!(code, "CONTAINER_BUILD_FAILED");
     assert_eq!(message, "the app (/bin/app) ended with exit code 3 before the snapshot was taken; the last lines of its output:\nTraceback\nImportError: nope");
     assert!(bench.log("crash").contains("\nImportError: nope\n"));
-    assert!(bench.catalog.latest_active(&image("crash")).is_none());
+    assert!(bench.catalog.lease(&image("crash"), None).is_err());
+    let facts = bench.catalog.get(&image("crash"), ImageVersion::FIRST).unwrap().build;
+    assert!(facts.code_bytes.is_some() && facts.memory_bytes.is_none(), "the container was built, the snapshot was not taken: {facts:?}");
 
     // Nobody listens on 7000, so this one waits for its limit.
     let dir = tempfile::tempdir().unwrap();
@@ -182,15 +199,15 @@ async fn builds_run_side_by_side_up_to_the_limit() {
     std::fs::write(&path, zip(&[("Dockerfile", "FROM debian\nEXPOSE 8080\nCMD x\n")])).unwrap();
     let names = ["a", "b", "c", "d"];
     for name in names {
-        let record = bench.catalog.create(request(name, Artifact::Zip(path.clone()))).await.unwrap();
-        assert!(matches!(record.state, BuildState::Pending | BuildState::InProgress));
+        let image = bench.catalog.create(request(name, Artifact::Zip(path.clone()))).await.unwrap();
+        assert!(matches!(image.versions[0].state, BuildState::Pending | BuildState::InProgress));
     }
     // Of two callers with one name, one is refused.
     assert!(matches!(bench.catalog.create(request("a", Artifact::Zip(path.clone()))).await, Err(CatalogError::NameTaken(_))));
 
     let mut boots = bench.engine.boots.subscribe();
     within(boots.wait_for(|boots| boots.len() == 2)).await.unwrap();
-    let states = |wanted: BuildState| bench.catalog.list().iter().filter(|record| record.state == wanted).count();
+    let states = |wanted: BuildState| records(&bench.catalog).iter().filter(|record| record.state == wanted).count();
     assert_eq!((states(BuildState::InProgress), states(BuildState::Pending)), (2, 2));
     bench.engine.permits.add_permits(4);
     for name in names {
@@ -198,8 +215,13 @@ async fn builds_run_side_by_side_up_to_the_limit() {
         assert_eq!(record.failure, None);
     }
     assert_eq!(bench.engine.most_under_way.load(Ordering::SeqCst), 2);
-    assert_eq!(bench.catalog.list().iter().map(|record| record.name.to_string()).collect::<Vec<_>>(), names);
+    assert_eq!(records(&bench.catalog).iter().map(|record| record.name.to_string()).collect::<Vec<_>>(), names);
     bench.assert_clean();
+}
+
+/// The newest version of every image, by name.
+fn records(catalog: &Catalog) -> Vec<ImageRecord> {
+    catalog.images().into_iter().filter_map(|mut image| image.versions.pop()).collect()
 }
 
 /// A build that prints `sleeping` and then does not end by itself.
@@ -228,14 +250,14 @@ async fn closing_cancels_what_runs_and_what_waits() {
     }
     let mut running = Vec::new();
     while running.len() < 2 {
-        running = bench.catalog.list().into_iter().filter(|record| record.state == BuildState::InProgress).collect();
+        running = records(&bench.catalog).into_iter().filter(|record| record.state == BuildState::InProgress).collect();
         tokio::task::yield_now().await;
     }
     for record in &running {
         sleeping(&bench.catalog, record.name.as_str()).await;
     }
     within(bench.catalog.close(CancellationToken::new())).await;
-    for record in bench.catalog.list() {
+    for record in records(&bench.catalog) {
         let failure = record.failure.expect("it was cancelled");
         assert_eq!((record.state, failure.code.as_str()), (BuildState::Failed, "INTERNAL_PLATFORM_ERROR"));
         assert!(failure.message.contains("the node was stopped"), "{failure:?}");
@@ -321,7 +343,7 @@ async fn hooks_say_when_a_snapshot_is_taken_and_whether_it_is_good() {
     hooks.enable(Hook::Validate, Duration::from_secs(60));
     let build = async |name: &str, hooks| {
         let request = BuildRequest { hooks: Some(hooks), ..request(name, Artifact::Zip(artifact.clone())) };
-        let record = bench.catalog.create(request).await.unwrap();
+        let record = bench.catalog.create(request).await.unwrap().versions.remove(0);
         within(bench.catalog.finished(&record.name, record.version)).await.unwrap()
     };
     let snapshot = |name: &str| bench.catalog.snapshot_dir(&image(name), ImageVersion::FIRST);

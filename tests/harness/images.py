@@ -54,12 +54,17 @@ def base_image_arn(region):
     return f"arn:aws:lambda:{region}:aws:microvm-image:al2023-1"
 
 
-def start_build(node, name, archive, **request):
-    """Uploads the zip and asks for an image; returns its ARN while the build goes on."""
+def upload(node, key, archive):
+    """Puts a zip where images are built from."""
     s3 = node.client("s3")
     if BUCKET not in [bucket["Name"] for bucket in s3.list_buckets().get("Buckets", [])]:
         s3.create_bucket(Bucket=BUCKET)
-    s3.put_object(Bucket=BUCKET, Key=f"{name}.zip", Body=archive)
+    s3.put_object(Bucket=BUCKET, Key=f"{key}.zip", Body=archive)
+
+
+def start_build(node, name, archive, **request):
+    """Uploads the zip and asks for an image; returns its ARN while the build goes on."""
+    upload(node, name, archive)
     client = node.client()
     answer = client.create_microvm_image(
         name=name,

@@ -277,6 +277,9 @@ pub trait Engine: Send + Sync + 'static {
     /// A hint that microVMs of this image will be launched or restored soon: keep processes ready for them.
     async fn warm(&self, image_dir: PathBuf);
 
+    /// The image is about to be removed: nothing of it is kept ready any more. No microVM of it runs or sleeps.
+    async fn forget(&self, _image_dir: PathBuf) {}
+
     /// Ends every process of this engine under the data directory that belongs to no microVM in `keep` (ready
     /// processes of an earlier run, crashed builds). Called once at start, before anything is launched.
     async fn sweep(&self, keep: &[MicrovmId]) -> Result<(), EngineError>;

@@ -7,7 +7,6 @@ use std::{path::PathBuf, sync::Arc};
 
 use axum::{body::Body, response::Response};
 use futures::StreamExt as _;
-use image_builder::BuildState;
 use model::MicrovmState;
 use tokio_util::sync::CancellationToken;
 
@@ -37,17 +36,17 @@ pub(super) fn of_microvm(front: &Front, id: &str, ask: &Ask, stop: CancellationT
 pub(super) fn of_build(front: &Front, image: &str, ask: &Ask, stop: CancellationToken) -> Result<Response, ApiError> {
     let [follow, tail, version] = ask.parameters(["follow", "tail", "version"])?;
     let part = part(follow, tail)?;
-    let (place, images) = (&front.api.place, Arc::clone(&front.api.parts.images));
+    let (place, images) = (&front.api.place, front.api.parts.images.clone());
     let name = place.image_name(image, Wording::Run)?;
     let arn = place.image_arn(&name);
     let record = match version {
-        None => images.versions(&name).pop().ok_or_else(|| unknown_image(&arn))?,
-        Some(text) => text.parse().ok().and_then(|version| images.find(&name, version)).ok_or_else(|| unknown_version(&arn, text))?,
+        None => images.image(&name).and_then(|mut image| image.versions.pop()).ok_or_else(|| unknown_image(&arn))?,
+        Some(text) => text.parse().ok().and_then(|version| images.get(&name, version)).ok_or_else(|| unknown_version(&arn, text))?,
     };
     let log = images.build_log(&name, record.version);
     let ended: Ended = Arc::new(move || {
-        let now = images.find(&name, record.version);
-        now.is_none_or(|now| !matches!(now.state, BuildState::Pending | BuildState::InProgress))
+        let now = images.get(&name, record.version);
+        now.is_none_or(|now| now.state.is_finished())
     });
     answer(front, log, part, ended, stop)
 }

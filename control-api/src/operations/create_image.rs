@@ -1,8 +1,9 @@
-//! CreateMicrovmImage: starts building version 1.0 of a new image (aws-behaviour §5.1).
+//! CreateMicrovmImage: starts building version 1.0 of a new image (aws-behaviour §5.1). What it checks of its input,
+//! UpdateMicrovmImage checks as well.
 
 use std::collections::BTreeMap;
 
-use image_builder::{BuildRequest, CatalogError};
+use image_builder::{BuildRequest, VERSION_VARIABLE};
 use model::{Capabilities, ImageName, ImageVersion, MemorySize, Rights};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -26,8 +27,7 @@ pub(super) const ARCHITECTURE: &str = "X86_64";
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct Input {
-    name: ImageName,
+pub(super) struct Input {
     base_image_arn: String,
     base_image_version: Option<String>,
     code_artifact: CodeArtifact,
@@ -37,8 +37,13 @@ struct Input {
     additional_os_capabilities: Option<Vec<String>>,
     hooks: Option<Value>,
     environment_variables: Option<BTreeMap<String, String>>,
+    pub(super) client_token: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Named {
+    name: ImageName,
     tags: Option<Tags>,
-    client_token: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -59,27 +64,51 @@ struct Resources {
 
 pub(super) async fn call(api: &Api, caller: &Caller, input: Value) -> Result<Answer, ApiError> {
     let parsed: Input = read(input.clone())?;
+    let Named { name, tags } = read(input.clone())?;
+    let tags = tags.unwrap_or_default();
     let Some(token) = parsed.client_token.clone() else {
-        return create(api, caller, parsed, input).await;
+        return create(api, caller, name, tags, parsed, input).await;
     };
     let call = Call::new("CreateMicrovmImage", caller, &token, &input, api.parts.clock.wall());
-    let name = parsed.name.clone();
     let done_before = || {
-        let record = api.parts.images.find(&name, ImageVersion::FIRST)?;
-        let remembered = Remembered::of(&record);
+        let image = api.parts.images.image(&name)?;
+        let remembered = Remembered::of(image.version(ImageVersion::FIRST)?);
         let same = remembered.input["clientToken"] == token.as_str() && remembered.by.as_ref() == Some(&caller.key);
-        same.then(|| Answer::created(image_body::created(api, &record)))
+        same.then(|| Answer::created(image_body::begun(api, &image)))
     };
-    api.client_tokens.once(call, done_before, create(api, caller, parsed, input)).await
+    let answer = api.client_tokens.once(call, done_before, create(api, caller, name.clone(), tags, parsed, input)).await?;
+    still_there(api, &name, &answer)?;
+    Ok(answer)
 }
 
-async fn create(api: &Api, caller: &Caller, parsed: Input, mut input: Value) -> Result<Answer, ApiError> {
+/// A repeated call whose image was deleted meanwhile must not be told of an image that will never be there, and must not
+/// make it again behind the back of whoever deleted it.
+pub(super) fn still_there(api: &Api, name: &ImageName, answer: &Answer) -> Result<(), ApiError> {
+    let told = answer.body["id"].as_str();
+    if told.is_none() || api.parts.images.image(name).is_some_and(|image| told == Some(image.facts.id.as_str())) {
+        return Ok(());
+    }
+    Err(ApiError::new(
+        ErrorKind::Conflict,
+        format!("The MicroVM image '{name}' that was made with this clientToken has been deleted. Use a new clientToken for a new image."),
+    ))
+}
+
+async fn create(api: &Api, caller: &Caller, name: ImageName, tags: Tags, parsed: Input, input: Value) -> Result<Answer, ApiError> {
+    tags::check(&tags, ErrorKind::Validation)?;
+    let request = BuildRequest { tags, ..request(api, caller, name, parsed, input)? };
+    // Held until the catalog shows the build, which then is in the sum.
+    let _memory = api.memory.admit(api, request.memory.mib())?;
+    let created = api.parts.images.create(request).await;
+    created.map(|image| Answer::created(image_body::begun(api, &image))).map_err(|error| image_body::refused(api, error))
+}
+
+/// Checks what the model cannot say; what is to be built.
+pub(super) fn request(api: &Api, caller: &Caller, name: ImageName, parsed: Input, mut input: Value) -> Result<BuildRequest, ApiError> {
     let base_version = base(api, &parsed)?;
     let memory = memory(&parsed)?;
     let hooks = hooks::read(parsed.hooks.as_ref())?;
     hooks::refuse_uncalled(hooks)?;
-    let tags = parsed.tags.unwrap_or_default();
-    tags::check(&tags, ErrorKind::Validation)?;
     if let Some(other) = parsed.cpu_configurations.iter().flatten().find(|cpu| cpu.architecture != ARCHITECTURE) {
         return Err(ApiError::validation(format!(
             "cpuConfigurations: this node builds {ARCHITECTURE} images and not {}; leave the member out or ask for {ARCHITECTURE}",
@@ -101,8 +130,8 @@ async fn create(api: &Api, caller: &Caller, parsed: Input, mut input: Value) -> 
         capabilities: if parsed.additional_os_capabilities.is_none_or(|asked| asked.is_empty()) { Capabilities::Usual } else { Capabilities::All },
         egress: api.place.egress(parsed.egress_network_connectors.as_deref().unwrap_or_default()),
     };
-    environment.extend(identity(api, &parsed.name, ImageVersion::FIRST));
-    let located = artifact::locate(&parsed.code_artifact.uri, &api.config.s3_dir, api.config.allow_file_artifacts.then_some(&api.config.dir))?;
+    environment.extend(whose(api, &name));
+    let artifact = artifact::locate(&parsed.code_artifact.uri, &api.config.s3_dir, api.config.allow_file_artifacts.then_some(&api.config.dir))?;
     // What the caller left to us is remembered as decided, so that every later answer says the same.
     input["baseImageArn"] = json!(api.place.managed_image_arn());
     input["baseImageVersion"] = json!(base_version);
@@ -111,36 +140,23 @@ async fn create(api: &Api, caller: &Caller, parsed: Input, mut input: Value) -> 
     if parsed.egress_network_connectors.is_none_or(|connectors| connectors.is_empty()) {
         input["egressNetworkConnectors"] = json!([api.place.connector_arn("INTERNET_EGRESS")]);
     }
-    let remembered = Remembered { input, missing: located.missing.map(str::to_owned), by: Some(caller.key.clone()) };
-    let request = BuildRequest {
-        name: parsed.name,
-        artifact: located.artifact,
-        memory,
-        environment,
-        rights,
-        hooks,
-        tags,
-        request: serde_json::to_value(remembered).map_err(|cause| ApiError::internal("writing down a request", &cause))?,
-    };
-    // Held until the catalog shows the build, which then is in the sum.
-    let _memory = api.memory.admit(api, memory.mib())?;
-    match api.parts.images.create(request).await {
-        Ok(record) => Ok(Answer::created(image_body::created(api, &record))),
-        Err(taken @ CatalogError::NameTaken(_)) => Err(ApiError::validation(taken.to_string())),
-        Err(full @ CatalogError::TooManyBuilds { .. }) => Err(ApiError::new(
-            ErrorKind::ServiceQuotaExceeded,
-            format!("The maximum number of concurrent builds has been reached for this account: {full}."),
-        )),
-        Err(error) => Err(ApiError::internal("starting the build", &error)),
-    }
+    let remembered = Remembered { input, by: Some(caller.key.clone()) };
+    let request = serde_json::to_value(remembered).map_err(|cause| ApiError::internal("writing down a request", &cause))?;
+    Ok(BuildRequest { name, artifact, memory, environment, rights, hooks, tags: Tags::new(), request })
 }
 
 /// The variables every guest has (aws-behaviour §5.3); they are baked into the image and told again at every restore.
 pub(super) fn identity(api: &Api, image: &ImageName, version: ImageVersion) -> BTreeMap<String, String> {
+    let mut variables = whose(api, image);
+    variables.insert(VERSION_VARIABLE.to_owned(), version.to_string());
+    variables
+}
+
+/// The same without the version, which the catalog gives.
+fn whose(api: &Api, image: &ImageName) -> BTreeMap<String, String> {
     BTreeMap::from([
         ("AWS_LAMBDA_MICROVM_IMAGE_NAME".to_owned(), image.to_string()),
         ("AWS_LAMBDA_MICROVM_IMAGE_ARN".to_owned(), api.place.image_arn(image)),
-        ("AWS_LAMBDA_MICROVM_IMAGE_VERSION".to_owned(), version.to_string()),
         ("AWS_REGION".to_owned(), api.config.region.clone()),
     ])
 }

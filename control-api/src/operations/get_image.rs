@@ -4,10 +4,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::{Api, image_body, read};
-use crate::{
-    arn::unknown_image,
-    reply::{Answer, ApiError},
-};
+use crate::reply::{Answer, ApiError};
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -17,6 +14,5 @@ struct Input {
 
 pub(super) fn call(api: &Api, input: Value) -> Result<Answer, ApiError> {
     let identifier = read::<Input>(input)?.image_identifier;
-    let versions = image_body::versions(api, &identifier)?;
-    image_body::image(api, &versions).map(Answer::ok).ok_or_else(|| unknown_image(&identifier))
+    Ok(Answer::ok(image_body::image(api, &image_body::find_image(api, &identifier)?)))
 }

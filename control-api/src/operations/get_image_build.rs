@@ -1,4 +1,4 @@
-//! GetMicrovmImageBuild: the one build of a version, with the reason if it failed.
+//! GetMicrovmImageBuild: the one build of a version, with its sizes, and the reason if it failed.
 
 use serde::Deserialize;
 use serde_json::Value;

@@ -1,28 +1,23 @@
 //! An image, its versions and builds as the API shows them. What is absent is an explicit null, as AWS writes it.
 
-use std::collections::BTreeMap;
-
-use image_builder::{BuildState, ImageRecord};
+use image_builder::{CatalogError, Image, ImageRecord};
 use model::{ImageName, ImageVersion};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use sha2::{Digest as _, Sha256};
 use time::{OffsetDateTime, format_description::BorrowedFormatItem, macros::format_description};
 
 use super::{Api, create_image::ARCHITECTURE};
 use crate::{
     arn::{Wording, unknown_image, unknown_version},
-    reply::{ApiError, timestamp},
+    reply::{ApiError, ErrorKind, timestamp},
 };
 
-/// What the API remembers of a CreateMicrovmImage call, in the catalog's keeping.
+/// What the API remembers of a CreateMicrovmImage or UpdateMicrovmImage call, in the catalog's keeping.
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub(super) struct Remembered {
     /// The input, with what was left out filled in.
     pub(super) input: Value,
-    /// The code of aws-behaviour §5.1, if the artifact was not there.
-    pub(super) missing: Option<String>,
     /// The access key id that asked for it: client tokens are its own.
     pub(super) by: Option<String>,
 }
@@ -52,79 +47,76 @@ const REPEATED: [&str; 13] = [
 
 const HOUR: &[BorrowedFormatItem<'_>] = format_description!("[year repr:last_two][month][day][hour]");
 
-/// All versions of an image, oldest first, none missing.
-pub(super) fn versions(api: &Api, identifier: &str) -> Result<Vec<ImageRecord>, ApiError> {
+/// An image with its versions.
+pub(super) fn find_image(api: &Api, identifier: &str) -> Result<Image, ApiError> {
     let name = api.place.image_name(identifier, Wording::Image)?;
-    let versions = api.parts.images.versions(&name);
-    if versions.is_empty() { Err(unknown_image(&api.place.image_arn(&name))) } else { Ok(versions) }
+    api.parts.images.image(&name).ok_or_else(|| unknown_image(&api.place.image_arn(&name)))
 }
 
 /// One version of an image.
 pub(super) fn find_version(api: &Api, identifier: &str, version: &str) -> Result<ImageRecord, ApiError> {
     let name = api.place.image_name(identifier, Wording::Image)?;
-    let record = version.parse().ok().and_then(|version| api.parts.images.find(&name, version));
+    let record = version.parse().ok().and_then(|version| api.parts.images.get(&name, version));
     record.ok_or_else(|| unknown_version(&api.place.image_arn(&name), version))
 }
 
-/// The image's own state follows its newest version (aws-behaviour §5.1).
-fn image_state(newest: &ImageRecord) -> &'static str {
-    match (newest.version == ImageVersion::FIRST, newest.state) {
-        (true, BuildState::Pending | BuildState::InProgress) => "CREATING",
-        (true, BuildState::Successful) => "CREATED",
-        (true, BuildState::Failed) => "CREATE_FAILED",
-        (false, BuildState::Pending | BuildState::InProgress) => "UPDATING",
-        (false, BuildState::Successful) => "UPDATED",
-        (false, BuildState::Failed) => "UPDATE_FAILED",
+/// The name and version that a caller names, whether there is such a version or not.
+pub(super) fn named_version(api: &Api, identifier: &str, version: &str) -> Result<(ImageName, ImageVersion), ApiError> {
+    let name = api.place.image_name(identifier, Wording::Image)?;
+    let version = version.parse().map_err(|_| unknown_version(&api.place.image_arn(&name), version))?;
+    Ok((name, version))
+}
+
+/// What the caller reads of a change of images that was not made.
+pub(super) fn refused(api: &Api, error: CatalogError) -> ApiError {
+    match error {
+        CatalogError::NameTaken(_)
+        | CatalogError::NotDeletable(_)
+        | CatalogError::InUse
+        | CatalogError::VersionInUse
+        | CatalogError::LastVersion(_)
+        | CatalogError::NotActivatable(_) => ApiError::validation(error.to_string()),
+        CatalogError::TooManyBuilds { .. } | CatalogError::TooManyImages { .. } | CatalogError::TooManyVersions { .. } => {
+            ApiError::new(ErrorKind::ServiceQuotaExceeded, format!("{error}."))
+        }
+        CatalogError::Busy(_) => ApiError::new(ErrorKind::Conflict, error.to_string()),
+        CatalogError::UnknownImage(name) => unknown_image(&api.place.image_arn(&name)),
+        CatalogError::UnknownVersion(name, version) => unknown_version(&api.place.image_arn(&name), &version.to_string()),
+        CatalogError::Storage { .. } => ApiError::internal("changing images", &error),
     }
 }
 
-fn newest_in(versions: &[ImageRecord], state: BuildState) -> Option<ImageVersion> {
-    versions.iter().filter(|record| record.state == state).map(|record| record.version).max()
+/// An item of ListMicrovmImages, to the member as recorded (aws-behaviour §7.2).
+pub(super) fn image_item(api: &Api, image: &Image) -> Value {
+    json!({
+        "id": image.facts.id,
+        "imageArn": api.place.image_arn(&image.facts.name),
+        "name": image.facts.name,
+        "state": image.state(),
+        "latestActiveImageVersion": image.latest_active().map(|record| record.version),
+        "latestFailedImageVersion": image.latest_failed().map(|record| record.version),
+        "createdAt": timestamp(image.facts.created_at),
+    })
 }
 
-/// An item of ListMicrovmImages, to the member as recorded (aws-behaviour §7.2). `versions` is not empty.
-pub(super) fn image_item(api: &Api, versions: &[ImageRecord]) -> Option<Value> {
-    let (first, newest) = (versions.first()?, versions.last()?);
-    let arn = api.place.image_arn(&newest.name);
-    Some(json!({
-        "id": image_id(&arn),
-        "imageArn": arn,
-        "name": newest.name,
-        "state": image_state(newest),
-        "latestActiveImageVersion": newest_in(versions, BuildState::Successful),
-        "latestFailedImageVersion": newest_in(versions, BuildState::Failed),
-        "createdAt": timestamp(first.created_at),
-    }))
+/// GetMicrovmImage. Tags that are none are `{}` here and null elsewhere (recorded).
+pub(super) fn image(api: &Api, image: &Image) -> Value {
+    let mut body = image_item(api, image);
+    body["updatedAt"] = timestamp(image.updated_at());
+    body["tags"] = json!(image.facts.tags);
+    body
 }
 
-/// GetMicrovmImage. `versions` is not empty. Tags that are none are `{}` here and null elsewhere (recorded).
-pub(super) fn image(api: &Api, versions: &[ImageRecord]) -> Option<Value> {
-    let newest = versions.last()?;
-    let mut body = image_item(api, versions)?;
-    body["updatedAt"] = timestamp(newest.updated_at);
-    body["tags"] = json!(tags(api, newest));
-    Some(body)
-}
-
-/// The tags of a version's image. That they cannot be read is told of in the log; the image is shown all the same.
-fn tags(api: &Api, record: &ImageRecord) -> BTreeMap<String, String> {
-    super::tags::of(api, &record.name).unwrap_or_default()
-}
-
-/// An image's undocumented `id` is some UUID; ours is made of its ARN, so that it stays the same.
-fn image_id(arn: &str) -> String {
-    let hash: [u8; 32] = Sha256::digest(arn).into();
-    uuid::Builder::from_random_bytes(std::array::from_fn(|at| hash[at])).into_uuid().to_string()
-}
-
-/// What CreateMicrovmImage answers: the image and the request.
-pub(super) fn created(api: &Api, record: &ImageRecord) -> Value {
-    let mut body = image(api, std::slice::from_ref(record)).unwrap_or_default();
-    body["imageVersion"] = json!(record.version);
+/// What CreateMicrovmImage and UpdateMicrovmImage answer: the image, and the request of its newest version.
+pub(super) fn begun(api: &Api, of: &Image) -> Value {
+    let mut body = image(api, of);
     // Not in the model, and null whenever recorded.
     body["buildPhaseOverrides"] = Value::Null;
     body["roleConfiguration"] = Value::Null;
-    repeat_request(api, &mut body, record);
+    if let Some(newest) = of.versions.last() {
+        body["imageVersion"] = json!(newest.version);
+        repeat_request(api, &mut body, newest);
+    }
     body
 }
 
@@ -133,8 +125,8 @@ pub(super) fn version(api: &Api, record: &ImageRecord) -> Value {
     let mut body = json!({
         "imageArn": api.place.image_arn(&record.name),
         "imageVersion": record.version,
-        "state": record.state,
-        "status": if record.state == BuildState::Failed { "INACTIVE" } else { "ACTIVE" },
+        "state": record.shown_state(),
+        "status": record.shown_status(),
         "stateReason": state_reason(record),
         "createdAt": timestamp(record.created_at),
         "updatedAt": timestamp(record.updated_at),
@@ -147,18 +139,22 @@ pub(super) fn version(api: &Api, record: &ImageRecord) -> Value {
 /// `SUCCESSFUL#26073006`: the state and the hour of its beginning, undocumented and recorded.
 fn time_bucket(record: &ImageRecord) -> String {
     let hour = OffsetDateTime::from(record.updated_at).format(HOUR).unwrap_or_default();
-    format!("{}#{hour}", json!(record.state).as_str().unwrap_or_default())
+    format!("{}#{hour}", json!(record.shown_state()).as_str().unwrap_or_default())
 }
 
-/// The id of the one build of a version.
+/// The id of the one build of a version; records of old nodes have none.
 pub(super) fn build_id(record: &ImageRecord) -> String {
-    format!("build-{}", record.version)
+    if record.build.id.is_empty() { format!("build-{}", record.version) } else { record.build.id.clone() }
 }
 
-/// GetMicrovmImageBuild.
+/// GetMicrovmImageBuild: with the sizes, as far as the build came (aws-behaviour §5.1).
 pub(super) fn build(api: &Api, record: &ImageRecord) -> Value {
     let mut body = build_item(api, record);
-    body["snapshotBuild"] = Value::Null;
+    let facts = &record.build;
+    body["snapshotBuild"] = match (facts.code_bytes, facts.memory_bytes, facts.disk_bytes) {
+        (None, None, None) => Value::Null,
+        (code, memory, disk) => json!({"codeInstallSizeInBytes": code, "memorySnapshotSizeInBytes": memory, "diskSnapshotSizeInBytes": disk}),
+    };
     body
 }
 
@@ -184,18 +180,14 @@ fn repeat_request(api: &Api, body: &mut Value, record: &ImageRecord) {
     for member in REPEATED {
         body[member] = input[member].clone();
     }
-    let tags = tags(api, record);
+    // The tags are the image's, whatever its versions were made with.
+    let tags = api.parts.images.image(&record.name).map(|image| image.facts.tags).unwrap_or_default();
     body["tags"] = if tags.is_empty() { Value::Null } else { json!(tags) };
 }
 
-/// `CODE: sentence`. An artifact that was not there is the reason, whatever the builder made of its absence.
+/// `CODE: sentence`.
 fn state_reason(record: &ImageRecord) -> Option<String> {
-    let failure = record.failure.as_ref()?;
-    let remembered = Remembered::of(record);
-    Some(match remembered.missing {
-        Some(code) => format!("{code}: {} does not exist", remembered.input["codeArtifact"]["uri"].as_str().unwrap_or_default()),
-        None => format!("{}: {}", failure.code, failure.message),
-    })
+    record.failure.as_ref().map(|failure| format!("{}: {}", failure.code, failure.message))
 }
 
 /// The sort key of versions in lists: newest first.

@@ -20,8 +20,8 @@ struct Input {
 
 pub(super) fn call(api: &Api, input: Value) -> Result<Answer, ApiError> {
     let input: Input = read(input)?;
-    let versions = image_body::versions(api, &input.image_identifier)?;
-    let name = versions.first().map(|record| record.name.to_string()).unwrap_or_default();
-    let items = versions.iter().map(|record| (image_body::newest_first(record.version), image_body::version(api, record)));
+    let image = image_body::find_image(api, &input.image_identifier)?;
+    let name = image.facts.name.to_string();
+    let items = image.versions.iter().map(|record| (image_body::newest_first(record.version), image_body::version(api, record)));
     pages::page(Operation::ListMicrovmImageVersions, &[&name], items.collect(), &input.page)
 }

@@ -20,9 +20,8 @@ struct Input {
 
 pub(super) fn call(api: &Api, input: Value) -> Result<Answer, ApiError> {
     let input: Input = read(input)?;
-    let images = &api.parts.images;
-    let records = images.list();
-    let items = records.iter().filter_map(|record| Some((image_body::by_name(&record.name), image_body::image_item(api, &images.versions(&record.name))?)));
+    let images = api.parts.images.images();
+    let items = images.iter().map(|image| (image_body::by_name(&image.facts.name), image_body::image_item(api, image)));
     let filter = input.name_filter.unwrap_or_default();
     let mut answer = pages::page(Operation::ListMicrovmImages, &[&filter], items.collect(), &input.page)?;
     if let Some(items) = answer.body["items"].as_array_mut() {

@@ -1,10 +1,10 @@
 //! RunMicrovm: a new microVM from an image.
 
-use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use idle_controller::{ControllerError, MicrovmView, RunSpec};
-use image_builder::{BuildState, ImageRecord};
-use model::{IdlePolicy, MAX_DURATION};
+use image_builder::{ImageRecord, Lease, NotRunnable};
+use model::{IdlePolicy, ImageVersion, MAX_DURATION};
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -70,13 +70,15 @@ async fn run(api: &Api, caller: &Caller, input: Input) -> Result<Answer, ApiErro
     if input.run_hook_payload.is_some_and(|payload| !payload.is_empty()) {
         return Err(ApiError::validation("runHookPayload was given, but the run hook must be enabled in the MicroVM image to receive it"));
     }
-    let (image, image_dir) = image(api, &input.image_identifier, input.image_version.as_deref())?;
+    // Held until the controller shows the new microVM: until then nothing else keeps its image from being deleted.
+    let lease = image(api, &input.image_identifier, input.image_version.as_deref())?;
+    let image = lease.record();
     // Held until the controller shows the microVM, which then is in the sum.
     let _memory = api.memory.admit(api, image.memory.mib())?;
     let remembered = Remembered {
         execution_role_arn: input.execution_role_arn,
         ingress_network_connectors: ingress,
-        egress_network_connectors: egress.unwrap_or_else(|| egress_of(api, &image)),
+        egress_network_connectors: egress.unwrap_or_else(|| egress_of(api, image)),
         logging: input.logging,
         client_token: input.client_token,
         by: Some(caller.key.clone()),
@@ -85,12 +87,12 @@ async fn run(api: &Api, caller: &Caller, input: Input) -> Result<Answer, ApiErro
     };
     let spec = RunSpec {
         keep_output: remembered.logging.as_ref().is_none_or(log_names::keeps_output),
-        identity: identity(api, &image),
+        identity: super::create_image::identity(api, &image.name, image.version),
         size: image.memory,
         egress: api.place.egress(&remembered.egress_network_connectors),
-        image: image.name,
+        image: image.name.clone(),
         version: image.version,
-        image_dir,
+        image_dir: lease.snapshot_dir(),
         idle: input.idle_policy.map(|idle| IdlePolicy {
             max_idle: Duration::from_secs(idle.max_idle_duration_seconds),
             suspended: Duration::from_secs(idle.suspended_duration_seconds),
@@ -119,28 +121,25 @@ async fn name_log(api: &Api, view: &MicrovmView) {
     }
 }
 
-/// The variables every guest has (aws-behaviour §5.3).
-fn identity(api: &Api, image: &ImageRecord) -> BTreeMap<String, String> {
-    super::create_image::identity(api, &image.name, image.version)
-}
-
 /// The version to run: the one asked for, or the newest that can be run.
-fn image(api: &Api, identifier: &str, version: Option<&str>) -> Result<(ImageRecord, PathBuf), ApiError> {
-    let images = &api.parts.images;
+fn image(api: &Api, identifier: &str, version: Option<&str>) -> Result<Lease, ApiError> {
     let name = api.place.image_name(identifier, Wording::Run)?;
     let arn = api.place.image_arn(&name);
-    if images.versions(&name).is_empty() {
-        return Err(unknown_image(&arn));
-    }
-    let Some(text) = version else {
-        return images.latest_active(&name).ok_or_else(|| ApiError::not_found(format!("No active version found for MicroVM image {arn}")));
-    };
-    let record = text.parse().ok().and_then(|version| images.find(&name, version)).ok_or_else(|| unknown_version(&arn, text))?;
-    if record.state != BuildState::Successful {
-        return Err(ApiError::not_found(format!("No active version found for MicroVM image {arn} and version {}", record.version)));
-    }
-    let dir = images.snapshot_dir(&record.name, record.version);
-    Ok((record, dir))
+    let asked = version.map(str::parse).transpose();
+    // A text that is no version names none of an image that may not be there either.
+    let leased = asked.map_or_else(
+        |_| Err(if api.parts.images.image(&name).is_some() { NotRunnable::UnknownVersion } else { NotRunnable::UnknownImage }),
+        |asked| api.parts.images.lease(&name, asked),
+    );
+    leased.map_err(|why| match (why, version) {
+        (NotRunnable::UnknownImage, _) => unknown_image(&arn),
+        (NotRunnable::UnknownVersion, version) => unknown_version(&arn, version.unwrap_or_default()),
+        (NotRunnable::NotActive, None) => ApiError::not_found(format!("No active version found for MicroVM image {arn}")),
+        (NotRunnable::NotActive, Some(text)) => {
+            let version = text.parse().map_or_else(|_| text.to_owned(), |version: ImageVersion| version.to_string());
+            ApiError::not_found(format!("No active version found for MicroVM image {arn} and version {version}"))
+        }
+    })
 }
 
 /// What is asked for, or HTTP. As at AWS, ALL_INGRESS may stand beside others here and is told of where a shell token is

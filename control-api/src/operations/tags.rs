@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use image_builder::CatalogError;
 use model::ImageName;
 
 use super::Api;
@@ -23,7 +24,7 @@ pub(super) fn tagged_image(api: &Api, arn: &str) -> Result<ImageName, ApiError> 
         return Err(ApiError::not_found(format!("The resource {arn} does not exist: this node has MicroVM images only.")));
     }
     let name = api.place.image_name(arn, Wording::Image)?;
-    if api.parts.images.versions(&name).is_empty() { Err(unknown_image(arn)) } else { Ok(name) }
+    if api.parts.images.image(&name).is_none() { Err(unknown_image(arn)) } else { Ok(name) }
 }
 
 /// What the model does not say of tags. `kind`: the error that the operation declares for it.
@@ -45,7 +46,7 @@ pub(super) fn check_keys<'a>(keys: impl IntoIterator<Item = &'a String>, kind: E
 
 /// The tags of an image.
 pub(super) fn of(api: &Api, image: &ImageName) -> Result<Tags, ApiError> {
-    api.parts.images.tags(image).map_err(|cause| ApiError::internal("reading the tags of an image", &cause))
+    api.parts.images.image(image).map(|image| image.facts.tags).ok_or_else(|| unknown_image(&api.place.image_arn(image)))
 }
 
 /// Changes the tags of an image; of two who change them at a time, one sees what the other made.
@@ -54,9 +55,11 @@ pub(super) async fn change(api: &Api, arn: &str, change: impl FnOnce(&mut Tags) 
     let image = tagged_image(api, arn)?;
     let mut tags = of(api, &image)?;
     change(&mut tags)?;
-    match api.parts.images.set_tags(&image, tags).await {
-        Ok(true) => Ok(()),
-        Ok(false) => Err(unknown_image(arn)),
+    match api.parts.images.set_tags(image, tags).await {
+        Ok(_) => Ok(()),
+        Err(CatalogError::UnknownImage(_)) => Err(unknown_image(arn)),
+        // The API of tags has an error of its own for it (aws-behaviour §7.3).
+        Err(busy @ CatalogError::Busy(_)) => Err(ApiError::new(ErrorKind::Conflict, busy.to_string())),
         Err(cause) => Err(ApiError::internal("writing the tags of an image", &cause)),
     }
 }

@@ -15,7 +15,7 @@ const IMAGES: &str = "/2025-09-09/microvm-images";
 
 async fn image(bench: &Bench, name: &str) {
     assert_eq!(bench.post(IMAGES, image_request(name, CODE)).await.status, 201);
-    bench.images.end(name, None);
+    bench.images.end(name, None).await;
 }
 
 async fn run(bench: &Bench, image: &str) -> String {
@@ -68,7 +68,7 @@ async fn each_role_may_do_its_own_and_nothing_else() {
             );
         }
     }
-    assert_eq!(bench.images.requests().len(), 2, "no image was made by who may not");
+    assert_eq!(bench.images.catalog.images().len(), 2, "no image was made by who may not");
 }
 
 #[tokio::test]
@@ -154,7 +154,7 @@ async fn memory_is_a_quota_of_microvms_and_builds_together() {
         request
     };
     assert_eq!(bench.post(IMAGES, small("hello")).await.status, 201);
-    bench.images.end("hello", None);
+    bench.images.end("hello", None).await;
     assert_eq!(bench.post(IMAGES, small("building")).await.status, 201);
     // Three places are left, and ten come at a time.
     let answers = futures::future::join_all((0..10).map(|_| bench.post(MICROVMS, json!({"imageIdentifier": "hello"})))).await;

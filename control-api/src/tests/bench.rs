@@ -3,20 +3,18 @@
 use std::{
     collections::BTreeMap,
     net::SocketAddr,
-    path::PathBuf,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
 
-use async_trait::async_trait;
 use axum::body::Body;
 use hmac::{Hmac, Mac as _};
 use http::{HeaderMap, Method, Request, StatusCode};
 use http_body_util::BodyExt as _;
 use hyper_util::rt::TokioIo;
 use idle_controller::{Controller, ControllerConfig};
-use image_builder::{BuildFailure, BuildRequest, BuildState, CatalogError, ImageRecord};
-use model::{Clock, ImageName, ImageVersion, Shape, SystemClock};
+use image_builder::{BuildFailure, BuildRequest, Catalog, ScriptedBuilds};
+use model::{Clock, ImageVersion, SystemClock};
 use parking_lot::Mutex;
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
@@ -26,92 +24,30 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 use vmm_runtime::loopback::LoopbackEngine;
 
-use crate::{AccessKey, AccessKeys, ApiConfig, Parts, Role, images::Images};
+use crate::{AccessKey, AccessKeys, ApiConfig, Parts, Role};
 
 pub(super) const REGION: &str = "us-east-1";
 pub(super) const ACCOUNT: &str = "000000000000";
 
 /// Images whose builds end when the test says so.
-#[derive(Default)]
-pub(super) struct ScriptedImages {
-    records: Mutex<BTreeMap<(ImageName, ImageVersion), ImageRecord>>,
-    requests: Mutex<Vec<BuildRequest>>,
-    tags: Mutex<BTreeMap<ImageName, BTreeMap<String, String>>>,
+pub(super) struct Images {
+    pub(super) catalog: Catalog,
+    builds: ScriptedBuilds,
 }
 
-impl ScriptedImages {
-    pub(super) fn end(&self, name: &str, failure: Option<BuildFailure>) {
-        let mut records = self.records.lock();
-        let record = records.get_mut(&(name.parse().unwrap(), ImageVersion::FIRST)).unwrap();
-        record.state = if failure.is_none() { BuildState::Successful } else { BuildState::Failed };
-        record.failure = failure;
+impl Images {
+    /// Ends the build of version 1.0.
+    pub(super) async fn end(&self, name: &str, failure: Option<BuildFailure>) {
+        self.end_version(name, 1, failure).await;
     }
 
-    pub(super) fn requests(&self) -> Vec<BuildRequest> {
-        self.requests.lock().clone()
-    }
-}
-
-#[async_trait]
-impl Images for ScriptedImages {
-    async fn create(&self, request: BuildRequest) -> Result<ImageRecord, CatalogError> {
-        let mut records = self.records.lock();
-        let key = (request.name.clone(), ImageVersion::FIRST);
-        if records.contains_key(&key) {
-            return Err(CatalogError::NameTaken(request.name));
-        }
-        let now = SystemTime::now();
-        let record = ImageRecord {
-            name: request.name.clone(),
-            version: ImageVersion::FIRST,
-            state: BuildState::Pending,
-            failure: None,
-            shape: Shape { memory_mib: request.memory.mib(), vcpus: 1, disk_gib: request.memory.disk_gib() },
-            memory: request.memory,
-            created_at: now,
-            updated_at: now,
-            hooks: request.hooks,
-            request: request.request.clone(),
-            ready_port: None,
-        };
-        records.insert(key, record.clone());
-        self.tags.lock().insert(request.name.clone(), request.tags.clone());
-        self.requests.lock().push(request);
-        Ok(record)
+    pub(super) async fn end_version(&self, name: &str, major: u32, failure: Option<BuildFailure>) {
+        self.builds.end(&self.catalog, name, ImageVersion { major, minor: 0 }, failure).await;
     }
 
-    fn find(&self, name: &ImageName, version: ImageVersion) -> Option<ImageRecord> {
-        self.records.lock().get(&(name.clone(), version)).cloned()
-    }
-
-    fn versions(&self, name: &ImageName) -> Vec<ImageRecord> {
-        self.records.lock().values().filter(|record| record.name == *name).cloned().collect()
-    }
-
-    fn list(&self) -> Vec<ImageRecord> {
-        self.records.lock().values().cloned().collect()
-    }
-
-    fn latest_active(&self, name: &ImageName) -> Option<(ImageRecord, PathBuf)> {
-        let record = self.versions(name).into_iter().rfind(|record| record.state == BuildState::Successful)?;
-        let dir = self.snapshot_dir(name, record.version);
-        Some((record, dir))
-    }
-
-    fn snapshot_dir(&self, name: &ImageName, version: ImageVersion) -> PathBuf {
-        PathBuf::from(format!("/images/{name}/{version}"))
-    }
-
-    fn tags(&self, name: &ImageName) -> Result<BTreeMap<String, String>, CatalogError> {
-        Ok(self.tags.lock().get(name).cloned().unwrap_or_default())
-    }
-
-    async fn set_tags(&self, name: &ImageName, tags: BTreeMap<String, String>) -> Result<bool, CatalogError> {
-        Ok(self.tags.lock().get_mut(name).map(|mine| *mine = tags).is_some())
-    }
-
-    fn build_log(&self, name: &ImageName, version: ImageVersion) -> PathBuf {
-        PathBuf::from(format!("/images/{name}/{version}/build.log"))
+    /// What was asked to be built, once that is at least so much.
+    pub(super) async fn requests(&self, at_least: usize) -> Vec<BuildRequest> {
+        self.builds.requests(at_least).await
     }
 }
 
@@ -134,7 +70,7 @@ pub(super) struct Bench {
     pub(super) dir: tempfile::TempDir,
     pub(super) address: SocketAddr,
     pub(super) engine: LoopbackEngine,
-    pub(super) images: Arc<ScriptedImages>,
+    pub(super) images: Images,
     access_keys: AccessKeys,
     roles: Mutex<BTreeMap<String, Role>>,
     clock: ShiftedClock,
@@ -159,7 +95,9 @@ impl Bench {
     /// With settings of the test's own.
     pub(super) async fn with(change: impl FnOnce(&mut ApiConfig)) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let (engine, images, metrics) = (LoopbackEngine::new(), Arc::new(ScriptedImages::default()), prometheus::Registry::new());
+        let (engine, builds, metrics) = (LoopbackEngine::new(), ScriptedBuilds::default(), prometheus::Registry::new());
+        let catalog = builds.catalog(ScriptedBuilds::config(&dir.path().join("images")), Arc::new(engine.clone())).await.unwrap();
+        let images = Images { catalog, builds };
         let limits = ControllerConfig {
             dir: dir.path().to_owned(),
             max_concurrent_starts: 4,
@@ -197,7 +135,7 @@ impl Bench {
         change(&mut config);
         let parts = Parts {
             controller: controller.clone(),
-            images: images.clone(),
+            images: images.catalog.clone(),
             tokens: tokens.clone(),
             access_keys: access_keys.clone(),
             clock: Arc::new(clock.clone()),
@@ -213,7 +151,7 @@ impl Bench {
         let bench = Self::new().await;
         let made = bench.post("/2025-09-09/microvm-images", image_request(name, CODE)).await;
         assert_eq!(made.status, 201, "{made:?}");
-        bench.images.end(name, None);
+        bench.images.end(name, None).await;
         bench
     }
 

@@ -2,10 +2,7 @@
 
 use std::time::Duration;
 
-use model::ImageVersion;
-
 use super::bench::Bench;
-use crate::images::Images as _;
 
 /// Serves until the file `stop` appears in its directory; every image build succeeds at once. Run it with
 /// `cargo test -p control-api by_hand -- --ignored --nocapture`; it prints what `eval` in a shell needs.
@@ -19,8 +16,10 @@ async fn serve_by_hand() {
     let mut ticks = tokio::time::interval(Duration::from_millis(200));
     while !bench.dir.path().join("stop").exists() {
         ticks.tick().await;
-        for record in bench.images.list().iter().filter(|record| record.version == ImageVersion::FIRST && record.failure.is_none()) {
-            bench.images.end(record.name.as_str(), None);
+        for image in bench.images.catalog.images() {
+            for record in image.versions.iter().filter(|record| !record.state.is_finished()) {
+                bench.images.end_version(record.name.as_str(), record.version.major, None).await;
+            }
         }
     }
 }

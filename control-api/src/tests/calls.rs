@@ -108,7 +108,7 @@ async fn a_failed_wake_is_our_fault_and_leaves_it_suspended() {
 async fn microvms_are_listed_newest_first_in_pages_and_by_image() {
     let bench = Bench::with_image("hello").await;
     bench.post("/2025-09-09/microvm-images", image_request("other", CODE)).await;
-    bench.images.end("other", None);
+    bench.images.end("other", None).await;
     let mut ids = Vec::new();
     for image in ["hello", "hello", "other", "hello", "hello"] {
         ids.push(id(&bench.post(MICROVMS, json!({"imageIdentifier": image})).await.body));

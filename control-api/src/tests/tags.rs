@@ -75,7 +75,7 @@ async fn tags_that_may_not_be_are_refused_and_change_nothing() {
         request["tags"] = tags;
         assert_eq!(bench.post(IMAGES, request.clone()).await.kind(), "ValidationException", "what CreateMicrovmImage declares");
     }
-    assert_eq!(bench.images.requests().len(), 1);
+    assert_eq!(bench.images.catalog.images().len(), 1);
 }
 
 #[tokio::test]

@@ -82,10 +82,10 @@ async fn the_deadline_ends_it() {
         return;
     }
     let begun = Instant::now();
-    let ran = run_for("echo hi; sleep 1000", Duration::from_millis(500), &CancellationToken::new()).await;
+    let ran = run_for("echo hi; sleep 1000", Duration::from_secs(5), &CancellationToken::new()).await;
     assert_eq!(ran.ended, Ended::DeadlinePassed);
     assert_eq!(ran.lines, ["hi"]);
-    assert!(begun.elapsed() < Duration::from_secs(10));
+    assert!(begun.elapsed() < Duration::from_secs(60));
 }
 
 #[tokio::test]

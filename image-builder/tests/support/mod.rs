@@ -146,6 +146,9 @@ pub fn config(dir: &Path) -> BuilderConfig {
         dir: dir.join("images"),
         base_dir: base_dir(),
         max_concurrent_builds: 2,
+        max_unfinished_builds: 10,
+        max_images: 100,
+        max_versions: 50,
         ready_timeout: Duration::from_secs(30),
         build_timeout: CEILING,
     }
@@ -168,7 +171,7 @@ impl Bench {
     }
 
     pub async fn build_artifact(&self, name: &str, artifact: Artifact) -> ImageRecord {
-        let record = self.catalog.create(request(name, artifact)).await.unwrap();
+        let record = self.catalog.create(request(name, artifact)).await.unwrap().versions.remove(0);
         within(self.catalog.finished(&record.name, record.version)).await.unwrap()
     }
 

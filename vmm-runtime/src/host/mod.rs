@@ -281,6 +281,11 @@ impl<B: Backend> Engine for ProcessEngine<B> {
         }
     }
 
+    async fn forget(&self, image_dir: PathBuf) {
+        self.shared.pool.forget(&image_dir).await;
+        self.shared.verified.lock().remove(&image_dir);
+    }
+
     async fn sweep(&self, keep: &[MicrovmId]) -> Result<(), EngineError> {
         let run_dir = self.shared.config.run_dir.clone();
         let (keep, ready) = (keep.to_vec(), self.shared.pool.dirs());

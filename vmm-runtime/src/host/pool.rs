@@ -255,6 +255,16 @@ impl<B: Backend> Pool<B> {
         evicted
     }
 
+    /// Ends those that wait for an image that is about to go: they hold its memory file, and with it its space on disk.
+    pub async fn forget(&self, image_dir: &Path) {
+        let shelf = self.state.lock().shelves.remove(image_dir);
+        if let Some(shared) = self.shared.upgrade() {
+            for ready in shelf.into_iter().flat_map(|shelf| shelf.ready) {
+                ready.end(&shared).await;
+            }
+        }
+    }
+
     /// Ends all that wait; none are made ready any more.
     pub async fn close(&self) {
         let shelves = {

@@ -150,6 +150,22 @@ async fn a_process_serves_the_image_that_it_was_started_for_and_no_later_one() {
 }
 
 #[tokio::test]
+async fn an_image_that_is_forgotten_has_no_process_left() {
+    let run_dir = tempfile::tempdir().unwrap();
+    let engine = engine(run_dir.path(), PoolConfig { per_image: 1, total: 4 });
+    let pool = &engine.shared.pool;
+    for image in [image("/gone", 1), image("/stays", 2)] {
+        pool.refill(&image);
+        until(pool, |_| pool.state.lock().shelves.get(&image.dir).is_some_and(|shelf| shelf.ready.len() == 1)).await;
+    }
+    crate::engine::Engine::forget(&engine, "/gone".into()).await;
+    assert!(pool.take(&image("/gone", 1)).is_none());
+    assert_eq!(pool.dirs().len(), 1);
+    assert_eq!(run_dir.path().read_dir().unwrap().count(), 1);
+    pool.close().await;
+}
+
+#[tokio::test]
 async fn a_process_that_cannot_be_made_ready_leaves_no_other_behind() {
     let run_dir = tempfile::tempdir().unwrap();
     let engine = engine(run_dir.path(), PoolConfig { per_image: 2, total: 4 });
