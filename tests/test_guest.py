@@ -1,4 +1,6 @@
-"""What an app finds in its guest: variables, capabilities, limits, and a network that leads where it may and nowhere else."""
+"""What an app finds in its guest: variables, capabilities, limits, a network that leads where it may and nowhere else, credentials."""
+import datetime
+import json
 import socket
 import socketserver
 import struct
@@ -170,8 +172,17 @@ def place(run_dir, outside):
     names = Names()
     # It comes back on the same ports.
     edge, api, admin = free_addresses(3)
-    with Node(run_dir / "guest", edge=edge, api=api, admin=admin, more=f'[guest]\negress_allow = ["{OPEN}/32"]\nname_servers = ["{names.address}"]\n') as node:
+    more = f'[guest]\negress_allow = ["{OPEN}/32"]\nname_servers = ["{names.address}"]\nroles = "{run_dir / "roles"}"\n'
+    write_roles(run_dir, "first")
+    with Node(run_dir / "guest", edge=edge, api=api, admin=admin, more=more) as node:
         yield node
+
+
+ROLE = "arn:aws:iam::000000000000:role/with-credentials"
+
+
+def write_roles(run_dir, secret):
+    (run_dir / "roles").write_text(f"[{ROLE}]\naws_access_key_id = AKIDEXAMPLE\naws_secret_access_key = {secret}\naws_session_token = session\n")
 
 
 def connector(node, name):
@@ -353,6 +364,44 @@ def run_guest(place):
     yield run
     for vm in started:
         place.client().terminate_microvm(microvmIdentifier=vm.id)
+
+
+METADATA = "http://169.254.169.254/latest"
+CREDENTIALS = f"{METADATA}/meta-data/iam/security-credentials/"
+
+
+def curl(guest, arguments):
+    return guest.get("run", command=f"curl -sS -m 20 -w ' %{{http_code}}' {arguments}").rsplit(" ", 1)
+
+
+def metadata_token(guest):
+    token, status = curl(guest, f"-X PUT -H 'X-aws-ec2-metadata-token-ttl-seconds: 60' {METADATA}/api/token")
+    assert status == "200", token
+    return f"-H 'X-aws-ec2-metadata-token: {token}'"
+
+
+@pytest.mark.parametrize("egress", ["INTERNET_EGRESS", "NO_EGRESS"])
+def test_a_role_has_credentials_that_are_new_with_each_wake(run_guest, image, place, run_dir, egress):
+    write_roles(run_dir, "first")
+    vm = run_guest(image, executionRoleArn=ROLE, egressNetworkConnectors=[connector(place, egress)])
+    token = metadata_token(vm)
+    assert curl(vm, CREDENTIALS) == ["", "401"], "not without a token"
+    assert curl(vm, f"{token} {CREDENTIALS}") == ["execution_role", "200"]
+    credentials = json.loads(curl(vm, f"{token} {CREDENTIALS}execution_role")[0])
+    assert (credentials["Code"], credentials["AccessKeyId"], credentials["SecretAccessKey"], credentials["Token"]) == ("Success", "AKIDEXAMPLE", "first", "session")
+    ahead = datetime.datetime.fromisoformat(credentials["Expiration"]) - datetime.datetime.now(datetime.timezone.utc)
+    assert datetime.timedelta(minutes=50) < ahead <= datetime.timedelta(minutes=56)
+    write_roles(run_dir, "second")
+    vm.suspend()
+    assert json.loads(curl(vm, f"{metadata_token(vm)} {CREDENTIALS}execution_role")[0])["SecretAccessKey"] == "second"
+    said = place.log.read_bytes() + place.admin_get("/metrics")[1].encode()
+    assert b"AKIDEXAMPLE" not in said, "credentials are in the node's log or metrics"
+
+
+def test_without_credentials_there_are_none(run_guest, guest, image):
+    nobody = run_guest(image, executionRoleArn="arn:aws:iam::000000000000:role/unknown")
+    assert curl(nobody, f"{metadata_token(nobody)} {CREDENTIALS}") == ["", "404"], "a role that the operator has given none"
+    assert guest.ask("fetch", host="169.254.169.254", port="80", say="anybody?")["error"] in ("ConnectionResetError", "BrokenPipeError"), "no role at all"
 
 
 def test_an_adopted_microvm_has_its_network(guest, place, outside):

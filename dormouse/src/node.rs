@@ -458,6 +458,7 @@ async fn open_engine(config: &Config, data_dir: &Path) -> Result<Arc<dyn Engine>
         run_dir: data_dir.join("run/vmm"),
         pool: PoolConfig { per_image: ready.min(1), total: ready },
         limits: kvm::Limits::default(),
+        roles: config.guest.roles.clone(),
         egress: Arc::new(kvm::EgressPolicy { also: config.guest.egress_allow.clone(), name_servers: config.guest.name_servers.clone() }),
         log_bytes: config.log.microvm_bytes,
     };

@@ -24,7 +24,7 @@ use tokio_util::either::Either;
 use crate::{
     app,
     cgroup::AppCgroup,
-    egress::{Egress, Streams},
+    egress::{Answerers, Egress, Reach},
     listeners,
     machine::{self, SetupError},
     pipe::Pipe,
@@ -39,8 +39,7 @@ pub(crate) struct Agent {
     end: GuestEnd,
     cgroup: AppCgroup,
     shells: std::sync::Mutex<JoinSet<()>>,
-    /// Streams of the host's for connections out of the guest.
-    streams_out: Arc<Streams>,
+    answerers: Answerers,
     egress: std::sync::Mutex<Option<Egress>>,
     /// Whether the root disk is the root, and one start at a time.
     root: Mutex<Root>,
@@ -71,7 +70,7 @@ impl Agent {
             end,
             cgroup: AppCgroup::create()?,
             shells: std::sync::Mutex::default(),
-            streams_out: Arc::default(),
+            answerers: Answerers { streams: Arc::default(), metadata: Arc::default() },
             egress: std::sync::Mutex::default(),
             root: Mutex::new(Root::Initramfs),
             app: std::sync::Mutex::default(),
@@ -106,16 +105,18 @@ impl Agent {
         Ok(())
     }
 
-    /// Lets the app connect to what the host lets it, or to nothing.
+    /// Lets the app connect to what the host lets it, or to nothing but the metadata of its role.
     fn lead_out(&self, wanted: model::Egress) -> Result<(), String> {
         let mut egress = self.egress.lock().expect("nobody panics while holding it");
         let failed = |error: io::Error| format!("leading the app's connections out failed: {error}");
-        match (wanted, egress.take()) {
-            (model::Egress::Internet, None) => *egress = Some(Egress::open(self.streams_out.clone()).map_err(failed)?),
-            (model::Egress::Internet, open) => *egress = open,
-            (model::Egress::Nothing, Some(open)) => open.close().map_err(failed)?,
-            (model::Egress::Nothing, None) => {}
+        let wanted = Reach::of(wanted, &self.answerers.metadata);
+        if egress.as_ref().map(Egress::reach) == wanted {
+            return Ok(());
         }
+        if let Some(open) = egress.take() {
+            open.close().map_err(failed)?;
+        }
+        *egress = wanted.map(|reach| Egress::open(reach, &self.answerers)).transpose().map_err(failed)?;
         Ok(())
     }
 
@@ -187,7 +188,7 @@ impl Guest for Agent {
         let port = match door {
             Door::Port(port) => port,
             Door::Shell => return self.shell().map(Either::Right),
-            Door::Egress => return Ok(Either::Right(self.streams_out.add())),
+            Door::Egress => return Ok(Either::Right(self.answerers.streams.add())),
         };
         let connect = |address: SocketAddr| TcpStream::connect(address);
         let stream = match connect((Ipv4Addr::LOCALHOST, port.get()).into()).await {
@@ -229,6 +230,7 @@ impl Guest for Agent {
 
     async fn restored(&self, restored: &Restored) -> Result<(), String> {
         machine::wake_up(restored).map_err(|error| error.to_string())?;
+        self.answerers.metadata.set(restored.role.clone());
         self.lead_out(restored.egress)
     }
 }

@@ -27,6 +27,7 @@ use tokio::{
 };
 
 use crate::{
+    metadata::{self, Metadata},
     pipe::{self, Pipe},
     sys,
 };
@@ -96,45 +97,91 @@ impl Streams {
     }
 }
 
+/// How far it leads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Reach {
+    /// To the host, for everything.
+    Everything,
+    /// To the metadata service only.
+    Metadata,
+}
+
+impl Reach {
+    /// What a microVM has. `None`: nothing.
+    pub fn of(egress: model::Egress, metadata: &Metadata) -> Option<Self> {
+        match egress {
+            model::Egress::Internet => Some(Self::Everything),
+            model::Egress::Nothing => metadata.has_role().then_some(Self::Metadata),
+        }
+    }
+
+    fn only(self) -> Option<Ipv4Addr> {
+        match self {
+            Self::Everything => None,
+            Self::Metadata => Some(metadata::ADDRESS),
+        }
+    }
+}
+
+/// Who answers.
+#[derive(Clone)]
+pub(crate) struct Answerers {
+    pub streams: Arc<Streams>,
+    pub metadata: Arc<Metadata>,
+}
+
 /// The way out. It ends with its drop, but for the route.
 pub(crate) struct Egress {
+    reach: Reach,
     _tasks: JoinSet<()>,
-    _lookup: sys::SkLookup,
+    _lookup: Option<sys::SkLookup>,
 }
 
 impl Egress {
-    /// Leads every connection to `streams` from now on, and answers questions for names.
-    pub fn open(streams: Arc<Streams>) -> io::Result<Self> {
-        sys::route_all_to_loopback(true)?;
-        let opened = Self::listen(streams);
+    /// Leads connections from now on, and questions for names.
+    pub fn open(reach: Reach, answerers: &Answerers) -> io::Result<Self> {
+        sys::route_to_loopback(reach.only(), true)?;
+        let opened = Self::listen(reach, answerers);
         if opened.is_err() {
-            let _ = sys::route_all_to_loopback(false);
+            let _ = sys::route_to_loopback(reach.only(), false);
         }
         opened
     }
 
-    /// Takes the route away: every other address is unreachable then, as it was at the start.
-    pub fn close(self) -> io::Result<()> {
-        sys::route_all_to_loopback(false)
+    /// How far it leads.
+    pub fn reach(&self) -> Reach {
+        self.reach
     }
 
-    fn listen(streams: Arc<Streams>) -> io::Result<Self> {
-        let listener = std::net::TcpListener::bind((STUB, LISTENER))?;
+    /// Takes the route away: every other address is unreachable then, as it was at the start.
+    pub fn close(self) -> io::Result<()> {
+        sys::route_to_loopback(self.reach.only(), false)
+    }
+
+    fn listen(reach: Reach, answerers: &Answerers) -> io::Result<Self> {
+        let (mut tasks, places) = (JoinSet::new(), Arc::new(Semaphore::new(MAX_CONNECTIONS)));
+        let address = match reach {
+            Reach::Everything => (STUB, LISTENER),
+            Reach::Metadata => (metadata::ADDRESS, metadata::PORT),
+        };
+        let listener = std::net::TcpListener::bind(address)?;
         listener.set_nonblocking(true)?;
+        if reach == Reach::Metadata {
+            tasks.spawn(accept(TcpListener::from_std(listener)?, answerers.clone(), places));
+            return Ok(Self { reach, _tasks: tasks, _lookup: None });
+        }
         let lookup = sys::SkLookup::attach(&listener)?;
         let listener = TcpListener::from_std(listener)?;
         let names = std::net::UdpSocket::bind((STUB, DNS))?;
         names.set_nonblocking(true)?;
         let names = UdpSocket::from_std(names)?;
-        let mut tasks = JoinSet::new();
-        let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-        tasks.spawn(accept(listener, streams.clone(), places.clone()));
-        tasks.spawn(answer(names, streams, places));
-        Ok(Self { _tasks: tasks, _lookup: lookup })
+        tasks.spawn(accept(listener, answerers.clone(), places.clone()));
+        tasks.spawn(answer(names, answerers.streams.clone(), places));
+        Ok(Self { reach, _tasks: tasks, _lookup: Some(lookup) })
     }
 }
 
-async fn accept(listener: TcpListener, streams: Arc<Streams>, places: Arc<Semaphore>) {
+async fn accept(listener: TcpListener, answerers: Answerers, places: Arc<Semaphore>) {
     let mut tasks = JoinSet::new();
     loop {
         // The others wait in the listener's queue.
@@ -142,9 +189,9 @@ async fn accept(listener: TcpListener, streams: Arc<Streams>, places: Arc<Semaph
         match listener.accept().await {
             Ok((connection, _)) => {
                 while tasks.try_join_next().is_some() {}
-                let streams = streams.clone();
+                let answerers = answerers.clone();
                 tasks.spawn(async move {
-                    carry(connection, &streams).await;
+                    carry(connection, &answerers).await;
                     drop(place);
                 });
             }
@@ -156,8 +203,13 @@ async fn accept(listener: TcpListener, streams: Arc<Streams>, places: Arc<Semaph
     }
 }
 
-async fn carry(mut connection: TcpStream, streams: &Streams) {
+async fn carry(mut connection: TcpStream, Answerers { streams, metadata }: &Answerers) {
     let Ok(wanted) = connection.local_addr() else { return };
+    if wanted == SocketAddr::from((metadata::ADDRESS, metadata::PORT)) && metadata.has_role() {
+        // Whoever asked wrongly or left is no business of ours.
+        let _ = metadata.serve(&mut connection).await;
+        return;
+    }
     let names = wanted == SocketAddr::new(IpAddr::V4(STUB), DNS);
     let carried = async {
         let mut stream = streams.open(if names { Wanted::Names } else { Wanted::Tcp(wanted) }).await?;

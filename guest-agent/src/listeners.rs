@@ -2,12 +2,11 @@
 
 use std::{
     fs,
+    net::Ipv4Addr,
     time::{Duration, Instant},
 };
 
 use model::Port;
-
-use crate::egress::STUB;
 
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
 const LONGEST_PAUSE: Duration = Duration::from_millis(250);
@@ -34,14 +33,14 @@ pub(crate) async fn ready(exposed: &[Port], limit: Duration) -> Option<Port> {
     }
 }
 
-/// The local ports of a `/proc/net/tcp` list whose state is LISTEN (0A), but for the agent's own.
+/// The local ports of a `/proc/net/tcp` list whose state is LISTEN (0A), but for the agent's own, which are link-local.
 fn listening(list: &str) -> impl Iterator<Item = Port> {
     list.lines().skip(1).filter_map(|line| {
         let mut fields = line.split_ascii_whitespace().skip(1);
         let (local, state) = (fields.next()?, fields.nth(1)?);
         let (address, port) = local.rsplit_once(':')?;
         // As the kernel prints an address: a number of the machine's byte order.
-        if u32::from_str_radix(address, 16).is_ok_and(|number| number.to_ne_bytes() == STUB.octets()) {
+        if u32::from_str_radix(address, 16).is_ok_and(|number| Ipv4Addr::from(number.to_ne_bytes()).is_link_local()) {
             return None;
         }
         let port = u16::from_str_radix(port, 16).ok()?;

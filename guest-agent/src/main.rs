@@ -13,6 +13,7 @@ mod egress;
 mod host;
 mod listeners;
 mod machine;
+mod metadata;
 mod pipe;
 mod port;
 mod shell;

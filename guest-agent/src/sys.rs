@@ -4,6 +4,7 @@ use std::{
     convert::Infallible,
     ffi::{CStr, CString},
     io,
+    net::Ipv4Addr,
     os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
     ptr,
 };
@@ -111,8 +112,8 @@ pub(crate) fn accept_vsock(listener: &OwnedFd) -> io::Result<(OwnedFd, u32)> {
     Ok((socket, address.svm_cid))
 }
 
-/// Makes every IPv4 address one of this machine's, or not any more: `ip route replace local 0.0.0.0/0 dev lo`.
-pub(crate) fn route_all_to_loopback(on: bool) -> io::Result<()> {
+/// Makes one IPv4 address, or every one, one of this machine's, or not any more: `ip route replace local 0.0.0.0/0 dev lo`.
+pub(crate) fn route_to_loopback(only: Option<Ipv4Addr>, on: bool) -> io::Result<()> {
     // linux/rtnetlink.h: a header, a struct rtmsg, and one attribute, all in the machine's byte order.
     const RTM_NEWROUTE: u16 = 24;
     const RTM_DELROUTE: u16 = 25;
@@ -122,21 +123,28 @@ pub(crate) fn route_all_to_loopback(on: bool) -> io::Result<()> {
     const RTPROT_STATIC: u8 = 4;
     const RT_SCOPE_HOST: u8 = 254;
     const RTN_LOCAL: u8 = 2;
+    const RTA_DST: u16 = 1;
     const RTA_OIF: u16 = 4;
     const NLMSG_ERROR: u16 = 2;
     /// Of the loopback interface, in every network namespace.
     const LOOPBACK: u32 = 1;
     let (kind, flags) = if on { (RTM_NEWROUTE, REQUEST_ACK | CREATE_REPLACE) } else { (RTM_DELROUTE, REQUEST_ACK) };
-    let mut message = Vec::with_capacity(36);
-    message.extend(36_u32.to_ne_bytes());
+    let (length, prefix_bits) = if only.is_some() { (44_u32, 32) } else { (36, 0) };
+    let mut message = Vec::with_capacity(44);
+    message.extend(length.to_ne_bytes());
     message.extend(kind.to_ne_bytes());
     message.extend(flags.to_ne_bytes());
     message.extend([0; 8]);
-    message.extend([libc::AF_INET as u8, 0, 0, 0, RT_TABLE_LOCAL, RTPROT_STATIC, RT_SCOPE_HOST, RTN_LOCAL]);
+    message.extend([libc::AF_INET as u8, prefix_bits, 0, 0, RT_TABLE_LOCAL, RTPROT_STATIC, RT_SCOPE_HOST, RTN_LOCAL]);
     message.extend([0; 4]);
     message.extend(8_u16.to_ne_bytes());
     message.extend(RTA_OIF.to_ne_bytes());
     message.extend(LOOPBACK.to_ne_bytes());
+    if let Some(address) = only {
+        message.extend(8_u16.to_ne_bytes());
+        message.extend(RTA_DST.to_ne_bytes());
+        message.extend(address.octets());
+    }
     // NETLINK_ROUTE is the protocol 0.
     let socket = rustix::net::socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, None)?;
     rustix::net::send(&socket, &message, rustix::net::SendFlags::empty())?;

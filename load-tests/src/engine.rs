@@ -42,7 +42,7 @@ impl Guests {
     fn host(&self, name: &str) -> Result<HostConfig> {
         let GuestKit { kernel, initrd, fingerprint } = guest_kit::assemble(&self.kernel_dir, &self.agent, &self.dir.join(name).join("kit"))?;
         let pool = PoolConfig { per_image: 2, total: 4 };
-        Ok(HostConfig { kernel, initrd, guest_fingerprint: fingerprint, run_dir: self.dir.join(name).join("run"), pool, limits: Limits::default(), egress: Default::default(), log_bytes: DEFAULT_LOG_BYTES })
+        Ok(HostConfig { kernel, initrd, guest_fingerprint: fingerprint, run_dir: self.dir.join(name).join("run"), pool, limits: Limits::default(), egress: Default::default(), roles: None, log_bytes: DEFAULT_LOG_BYTES })
     }
 
     pub async fn qemu(&self) -> Result<QemuEngine> {

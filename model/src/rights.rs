@@ -2,6 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
+/// The entry of a microVM's identity that names its execution role, by ARN.
+pub const EXECUTION_ROLE: &str = "DORMOUSE_EXECUTION_ROLE";
+
 /// What an app may do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Rights {

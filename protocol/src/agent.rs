@@ -53,6 +53,34 @@ pub struct Restored {
     pub identity: BTreeMap<String, String>,
     /// Where this microVM may connect to.
     pub egress: Egress,
+    /// Its execution role, if it has one.
+    #[serde(default)]
+    pub role: Option<Role>,
+}
+
+/// What the execution role of a microVM gives it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Role {
+    /// `None`: the operator has given it none.
+    pub credentials: Option<Credentials>,
+}
+
+/// Credentials for AWS or whatever speaks its protocols.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Credentials {
+    /// The access key's id.
+    pub access_key_id: String,
+    /// The access key's secret.
+    pub secret_access_key: String,
+    /// Empty for a key that lasts.
+    pub session_token: String,
+}
+
+impl std::fmt::Debug for Credentials {
+    /// Shows none of them.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Credentials")
+    }
 }
 
 /// The agent's answer to a [`Request`].

@@ -1,10 +1,10 @@
 //! RunMicrovm: a new microVM from an image.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use idle_controller::{ControllerError, MicrovmView, RunSpec};
 use image_builder::{ImageRecord, Lease, NotRunnable};
-use model::{IdlePolicy, ImageVersion, MAX_DURATION};
+use model::{IdlePolicy, ImageVersion, MAX_DURATION, rights::EXECUTION_ROLE};
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -87,7 +87,7 @@ async fn run(api: &Api, caller: &Caller, input: Input) -> Result<Answer, ApiErro
     };
     let spec = RunSpec {
         keep_output: remembered.logging.as_ref().is_none_or(log_names::keeps_output),
-        identity: super::create_image::identity(api, &image.name, image.version),
+        identity: identity(api, image, remembered.execution_role_arn.as_deref()),
         size: image.memory,
         egress: api.place.egress(&remembered.egress_network_connectors),
         image: image.name.clone(),
@@ -119,6 +119,13 @@ async fn name_log(api: &Api, view: &MicrovmView) {
     if let Err(panicked) = named.await {
         tracing::error!(microvm.id = %view.id, error = %panicked, "naming a log ended unexpectedly");
     }
+}
+
+/// The variables every guest has (aws-behaviour §5.3), and the role that it may have.
+fn identity(api: &Api, image: &ImageRecord, role: Option<&str>) -> BTreeMap<String, String> {
+    let mut identity = super::create_image::identity(api, &image.name, image.version);
+    identity.extend(role.map(|arn| (EXECUTION_ROLE.to_owned(), arn.to_owned())));
+    identity
 }
 
 /// The version to run: the one asked for, or the newest that can be run.

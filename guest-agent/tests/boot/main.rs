@@ -80,7 +80,7 @@ async fn an_app_runs_as_root_sleeps_and_ends() {
     let realtime_ns = later.duration_since(SystemTime::UNIX_EPOCH).unwrap().as_nanos() as u64;
     let identity = [("REGION".to_owned(), "here".to_owned()), ("NAME".to_owned(), "it's".to_owned())].into();
     let since = Instant::now();
-    guest.attach(Attach::Restored(Restored { realtime_ns, entropy: "5a".repeat(64), generation: Generation(7), identity, egress: Default::default() })).await;
+    guest.attach(Attach::Restored(Restored { realtime_ns, entropy: "5a".repeat(64), generation: Generation(7), identity, egress: Default::default(), role: None })).await;
     eprintln!("attached in {:?}", since.elapsed());
     soon("the echo", echo.read_exact(&mut [0; 15])).await.unwrap();
     let now_ns: u64 = guest.ask("now-ns").await.parse().unwrap();

@@ -159,7 +159,7 @@ impl Machine {
 }
 
 pub fn restored() -> Attach {
-    Attach::Restored(Restored { realtime_ns: 1, entropy: "00".repeat(64), generation: Generation(1), identity: Default::default(), egress: Default::default() })
+    Attach::Restored(Restored { realtime_ns: 1, entropy: "00".repeat(64), generation: Generation(1), identity: Default::default(), egress: Default::default(), role: None })
 }
 
 /// A link without interest in output.

@@ -24,6 +24,7 @@ mod layers;
 mod pool;
 pub mod process;
 mod record;
+mod roles;
 mod snapshots;
 mod sparse;
 mod start;
@@ -111,6 +112,8 @@ pub struct HostConfig {
     pub limits: Limits,
     /// Where guests may connect to that have internet egress.
     pub egress: Arc<EgressPolicy>,
+    /// Credentials of execution roles: a file as AWS's shared credentials, with a profile named by the ARN of each.
+    pub roles: Option<PathBuf>,
     /// Bytes that are kept of what one microVM's app says.
     pub log_bytes: u64,
 }

@@ -14,7 +14,7 @@ use std::{
 
 use model::{Egress, Generation, MicrovmId};
 use protocol::{
-    agent::{Reply, Request, Restored},
+    agent::{Reply, Request, Restored, Role as ExecutionRole},
     link::{AgentLink, Attach, LinkError},
 };
 use vmm_protocol::memdiff::Reader;
@@ -27,6 +27,7 @@ use super::{
     pool::{self, KillOnDrop, Ready},
     process::{Identity, Priority, Process},
     record::{self, Record, Stage},
+    roles,
     snapshots,
     vm::{Core, Kind, Life, ProcessVm, console_tail},
     vmm_exit,
@@ -247,7 +248,8 @@ impl<B: Backend> Clone<'_, B> {
         };
         backend.load(process.get(), &vmm, saved, watch).await?;
         backend.run(process.get(), &vmm).await?;
-        let how = || Ok(Attach::Restored(restored(self.generation, self.identity, self.egress)?));
+        let role = roles::role(&self.identity, self.shared.config.roles.as_deref());
+        let how = || Ok(Attach::Restored(restored(self.generation, self.identity, self.egress, role)?));
         attach(backend, process.get(), &vmm, &self.link, how, limits.attach, "answer after the restore").await?;
         record::write(self.id, self.dir, &record(Stage::Running, &identity)).map_err(recording)?;
         let kind = Kind::Microvm { id: self.id, generation: self.generation, image: self.image, layers: tokio::sync::Mutex::new(layers) };
@@ -257,10 +259,10 @@ impl<B: Backend> Clone<'_, B> {
     }
 }
 
-fn restored(generation: Generation, identity: BTreeMap<String, String>, egress: Egress) -> io::Result<Restored> {
+fn restored(generation: Generation, identity: BTreeMap<String, String>, egress: Egress, role: Option<ExecutionRole>) -> io::Result<Restored> {
     let mut entropy = [0; ENTROPY_BYTES];
     File::open("/dev/urandom")?.read_exact(&mut entropy)?;
     // A clock before 1970 is beyond repair; the guest's is then left at 1970, too.
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    Ok(Restored { realtime_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX), entropy: hex::encode(entropy), generation, identity, egress })
+    Ok(Restored { realtime_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX), entropy: hex::encode(entropy), generation, identity, egress, role })
 }

@@ -133,7 +133,7 @@ impl<S: Start> GuestBench<S> {
     pub async fn start(&self) -> S::Started {
         let GuestKit { kernel, initrd, fingerprint } = self.guests.kit.clone();
         let pool = PoolConfig { per_image: 1, total: 4 };
-        let host = HostConfig { kernel, initrd, guest_fingerprint: fingerprint, run_dir: self.run_dir(), pool, limits: self.limits, egress: Default::default(), log_bytes: DEFAULT_LOG_BYTES };
+        let host = HostConfig { kernel, initrd, guest_fingerprint: fingerprint, run_dir: self.run_dir(), pool, limits: self.limits, egress: Default::default(), roles: None, log_bytes: DEFAULT_LOG_BYTES };
         self.start.start(host).await
     }
 

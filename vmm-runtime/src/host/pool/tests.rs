@@ -93,6 +93,7 @@ fn engine(run_dir: &Path, pool: PoolConfig) -> ProcessEngine<Fake> {
         run_dir: run_dir.to_owned(),
         pool,
         egress: Default::default(),
+        roles: None,
         limits: Limits::default(),
         log_bytes: DEFAULT_LOG_BYTES,
     };
