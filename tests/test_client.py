@@ -151,7 +151,7 @@ def test_what_is_wrong_is_said_and_ends_with_a_code(node, vm, kitchen):
         (["run", "no-such-image"], 1, "no-such-image"),
         (["token", vm, "--port", "http"], 1, "is no port"),
         (["token", vm, "--minutes", "61"], 1, "60"),
-        (["image", "rm", "no-such-image"], 1, "dormouse: "),
+        (["image", "rm", "no-such-image"], 1, "no-such-image"),
         (["logs", vm, "--tail", "0"], 2, "--tail"),
         (["run"], 2, "IMAGE"),
         (["run", "by-hand", "--no-wake"], 2, "--idle"),
@@ -248,7 +248,20 @@ def test_a_microvm_without_shell_has_none(node, kitchen):
     assert refused.returncode == 1 and "SHELL_INGRESS" in refused.stderr, refused
 
 
-def test_microvms_and_images_are_removed(node, app):
+def test_an_image_is_built_again_and_removed(node, tmp_path):
+    for name in ("app.py", "Dockerfile"):
+        (tmp_path / name).write_bytes((images.ARTICLE_APP / name).read_bytes())
+    build = ["image", "build", str(tmp_path), "--name", "again", "--memory", "512"]
+    assert dormouse(node, *build, within=420).stdout == "again 1.0 SUCCESSFUL\n"
+    again = told(node, *build, "--env", "COLOUR=blue", within=420)
+    assert (again["imageVersion"], again["state"]) == ("2.0", "SUCCESSFUL"), again
+    assert dormouse(node, "image", "rm", "again").stdout == "again\n"
+    assert "again" not in [image["name"] for image in told(node, "image", "ls")]
+    gone = dormouse(node, "image", "logs", "again", check=False)
+    assert gone.returncode == 1 and "again" in gone.stderr, gone
+
+
+def test_microvms_are_removed(node, app):
     first, second = (dormouse(node, "run", "by-hand").stdout.strip() for _ in range(2))
     ended = told(node, "rm", first, second[:18])
     assert [view["state"] for view in ended] == ["TERMINATED"] * 2

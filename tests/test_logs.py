@@ -95,6 +95,8 @@ def test_what_a_build_said_is_read_by_its_image(node, kitchen_image):
     with node.signed("/dormouse/v1/images/kitchen-sink/logs", version="1.0") as answer:
         text = answer.read().decode()
     assert text == (node.data_dir / "images/kitchen-sink/1.0/build.log").read_text()
+    named = list((node.data_dir / "logs" / "%2Faws%2Flambda-microvms%2Fkitchen-sink").glob("*/kitchen-sink-1.0.log"))
+    assert len(named) == 1 and re.fullmatch(r"\d{4}%2F\d\d%2F\d\d\[0\.0\]kitchen-sink-1\.0", named[0].parent.name) and named[0].read_text() == text, named
     assert re.search(r"^STEP ", text, re.M) and text.rstrip().endswith("The image is ready."), text[-500:]
 
 

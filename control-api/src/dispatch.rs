@@ -145,6 +145,9 @@ async fn answer(front: &Front, request: Request<Body>) -> Result<Answer, ApiErro
             Ok(input) => operations::call(&api, &caller, operation, input).await,
             Err(refused) => Err(refused),
         };
+        if let Ok(answer) = &answer {
+            extras::name_log(&api, operation, answer).await;
+        }
         drop(turn);
         answer
     });

@@ -12,16 +12,18 @@ use std::sync::Arc;
 
 use axum::{body::Body, response::Response};
 use http::{Method, Request, header};
+use image_builder::ImageRecord;
 use percent_encoding::percent_decode_str;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
+use self::log_names::Link;
 use crate::{
     authorization,
     dispatch::{Front, signed_by},
     operations::Api,
-    reply::{ApiError, ErrorKind},
-    routes,
+    reply::{Answer, ApiError, ErrorKind},
+    routes::{self, Operation},
 };
 
 /// Where these routes begin; no bucket can be asked for there with a signature for this API.
@@ -119,12 +121,38 @@ fn switch(name: &str, value: Option<&str>) -> Result<bool, ApiError> {
 
 /// Names all logs that there are.
 pub(crate) fn restore_log_names(api: &Api) {
-    let controller = &api.parts.controller;
-    let named = controller.list().into_iter().filter_map(|view| {
-        let name = crate::operations::log_name(&view)?;
-        Some((view.id, name, controller.log_dir(view.id)))
-    });
-    api.log_names.restore(named, |id| controller.find(id).is_some());
+    let (controller, images) = (&api.parts.controller, &api.parts.images);
+    let microvms = controller.list().into_iter().filter_map(|view| Some(Link::to_microvm(view.id, crate::operations::log_name(&view)?, controller.log_dir(view.id))));
+    let builds = images.images().into_iter().flat_map(|image| image.versions).filter_map(|record| build_link(api, &record));
+    api.log_names.restore(microvms.chain(builds), |id| controller.find(id).is_some());
+}
+
+fn build_link(api: &Api, record: &ImageRecord) -> Option<Link> {
+    let name = crate::operations::build_log_name(record)?;
+    Some(Link::to_build(record, name, api.parts.images.build_log(&record.name, record.version)))
+}
+
+/// An operation was answered: the log of what it began is found under its name from now on.
+pub(crate) async fn name_log(api: &Api, operation: Operation, answer: &Answer) {
+    let controller = api.parts.controller.clone();
+    let member = |name: &str| answer.body[name].as_str();
+    let link = match operation {
+        Operation::RunMicrovm => member("microvmId").and_then(|id| id.parse().ok()).and_then(|id| controller.find(id)).and_then(|handle| {
+            Some(Link::to_microvm(handle.id(), crate::operations::log_name(&handle.view())?, controller.log_dir(handle.id())))
+        }),
+        Operation::CreateMicrovmImage | Operation::UpdateMicrovmImage => {
+            let version = member("imageVersion").and_then(|version| version.parse().ok());
+            let name = member("name").and_then(|name| name.parse().ok());
+            name.zip(version).and_then(|(name, version)| api.parts.images.get(&name, version)).and_then(|record| build_link(api, &record))
+        }
+        _ => None,
+    };
+    let Some(link) = link else { return };
+    let names = Arc::clone(&api.log_names);
+    let named = tokio::task::spawn_blocking(move || names.began(&link, |id| controller.find(id).is_some()));
+    if let Err(panicked) = named.await {
+        tracing::error!(error = %panicked, "naming a log ended unexpectedly");
+    }
 }
 
 fn plain_text(body: Body) -> Response {

@@ -35,6 +35,7 @@ mod update_image_version;
 use std::sync::Arc;
 
 use idle_controller::{MicrovmHandle, MicrovmView, Refused};
+use image_builder::ImageRecord;
 use model::MicrovmState;
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::Value;
@@ -124,6 +125,11 @@ pub(crate) fn microvm_memory_mib(api: &Api, view: &MicrovmView) -> u32 {
     let remembered = microvm_body::Remembered::of(view).memory_mib;
     // One of before this was recorded: its image is there as long as it is.
     remembered.or_else(|| api.parts.images.get(&view.image, view.version).map(|record| record.memory.mib())).unwrap_or_default()
+}
+
+/// The same of the log of a build.
+pub(crate) fn build_log_name(record: &ImageRecord) -> Option<LogName> {
+    LogName::of_build(record, &image_body::Remembered::of(record).input["logging"])
 }
 
 /// AWS's words for changing what has ended (aws-behaviour §3.4).

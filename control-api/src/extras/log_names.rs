@@ -1,5 +1,5 @@
-//! Logs by the names that CloudWatch would give them: `<data>/logs/<group>/<stream>/<microVM>` leads to the directory with the
-//! output of that microVM (aws-behaviour §8).
+//! Logs by the names that CloudWatch would give them (aws-behaviour §8): `<data>/logs/<group>/<stream>/<microVM>` leads to the
+//! directory with the output of that microVM, `<data>/logs/<group>/<stream>/<image>-<version>.log` to the log of that build.
 //!
 //! Owns: the default names, and the tree of links. Never holds a byte of a log. What a caller names becomes one component of a
 //! path, whatever is in it; two names never become the same one.
@@ -13,6 +13,7 @@ use std::{
 };
 
 use idle_controller::MicrovmView;
+use image_builder::ImageRecord;
 use model::MicrovmId;
 use parking_lot::Mutex;
 use serde_json::Value;
@@ -25,7 +26,7 @@ const MAX_COMPONENT: usize = 200;
 /// How long links of forgotten microVMs may stay: they lead nowhere and take an inode each.
 const PRUNE_EVERY: Duration = Duration::from_secs(3600);
 
-/// Where the output of a microVM is found.
+/// Where the output of a microVM or a build is found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct LogName {
     pub(crate) group: String,
@@ -44,6 +45,39 @@ impl LogName {
             group: named("logGroup").unwrap_or_else(|| format!("/aws/lambda-microvms/{}", view.image)),
             stream: named("logStream").unwrap_or_else(|| format!("{}[{}]{}", day(view.started_at), view.version, view.id)),
         })
+    }
+
+    /// What the `logging` of an image says of the build of one version. `None`: it has no name.
+    pub(crate) fn of_build(record: &ImageRecord, logging: &Value) -> Option<Self> {
+        if !keeps_output(logging) {
+            return None;
+        }
+        let named = |member: &str| logging["cloudWatch"][member].as_str().map(str::to_owned);
+        Some(Self {
+            group: named("logGroup").unwrap_or_else(|| format!("/aws/lambda-microvms/{}", record.name)),
+            // AWS's streams of builds have this version.
+            stream: named("logStream").unwrap_or_else(|| format!("{}[0.0]{}-{}", day(record.created_at), record.name, record.version)),
+        })
+    }
+}
+
+/// A log, where it is, and what its link is called.
+#[derive(Debug, Clone)]
+pub(crate) struct Link {
+    name: LogName,
+    file: String,
+    target: PathBuf,
+}
+
+impl Link {
+    /// To the directory of a microVM's output.
+    pub(crate) fn to_microvm(id: MicrovmId, name: LogName, log_dir: PathBuf) -> Self {
+        Self { name, file: id.to_string(), target: log_dir }
+    }
+
+    /// To the log of a build.
+    pub(crate) fn to_build(record: &ImageRecord, name: LogName, log: PathBuf) -> Self {
+        Self { name, file: format!("{}-{}.log", record.name, record.version), target: log }
     }
 }
 
@@ -71,16 +105,16 @@ impl LogNames {
     }
 
     /// Names all that there are, and nothing else: for the start of a node.
-    pub(crate) fn restore(&self, all: impl IntoIterator<Item = (MicrovmId, LogName, PathBuf)>, known: impl Fn(MicrovmId) -> bool) {
-        for (id, name, log_dir) in all {
-            self.add(id, &name, &log_dir);
+    pub(crate) fn restore(&self, all: impl IntoIterator<Item = Link>, known: impl Fn(MicrovmId) -> bool) {
+        for link in all {
+            self.add(&link);
         }
         self.told(self.prune(&known), "looking through");
     }
 
-    /// Names the log of a new microVM. A name that cannot be made is told in the node's log: the output is kept all the same.
-    pub(crate) fn began(&self, id: MicrovmId, name: &LogName, log_dir: &Path, known: impl Fn(MicrovmId) -> bool) {
-        self.add(id, name, log_dir);
+    /// Names the log of a new microVM or build. A name that cannot be made is told in the node's log: the output is kept all the same.
+    pub(crate) fn began(&self, link: &Link, known: impl Fn(MicrovmId) -> bool) {
+        self.add(link);
         let due = {
             let mut last = self.changes.lock();
             let due = last.elapsed() >= PRUNE_EVERY;
@@ -94,17 +128,17 @@ impl LogNames {
         }
     }
 
-    fn add(&self, id: MicrovmId, name: &LogName, log_dir: &Path) {
+    fn add(&self, link: &Link) {
         let _one = self.changes.lock();
-        let dir = self.dir.join(component(&name.group)).join(component(&name.stream));
+        let dir = self.dir.join(component(&link.name.group)).join(component(&link.name.stream));
         let done = (|| {
             fs::create_dir_all(&dir)?;
             // Relative, so that the data directory may be moved: three up is the parent of `logs`.
-            let target = match self.dir.parent().and_then(|parent| log_dir.strip_prefix(parent).ok()) {
+            let target = match self.dir.parent().and_then(|parent| link.target.strip_prefix(parent).ok()) {
                 Some(inside) => Path::new("../../..").join(inside),
-                None => log_dir.to_owned(),
+                None => link.target.clone(),
             };
-            match symlink(target, dir.join(id.to_string())) {
+            match symlink(target, dir.join(&link.file)) {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
                 other => other,
             }
@@ -112,14 +146,17 @@ impl LogNames {
         self.told(done, "naming a log in");
     }
 
-    /// Removes the links of microVMs that are not known any more, and what is empty then.
+    /// Removes the links of microVMs that are not known any more, those of builds whose log has gone with its image, and what is
+    /// empty then.
     fn prune(&self, known: &impl Fn(MicrovmId) -> bool) -> io::Result<()> {
         let _one = self.changes.lock();
         for group in entries(&self.dir)? {
             for stream in entries(&group)? {
                 for link in entries(&stream)? {
                     let id = link.file_name().and_then(|name| name.to_str()).and_then(|name| name.parse::<MicrovmId>().ok());
-                    if id.is_some_and(|id| !known(id)) && link.is_symlink() {
+                    // A microVM that is about to be launched has no directory yet, so that only its id can tell.
+                    let gone = id.map_or_else(|| !link.exists(), |id| !known(id));
+                    if gone && link.is_symlink() {
                         fs::remove_file(&link)?;
                     }
                 }
@@ -210,16 +247,19 @@ mod tests {
         }
         let names = LogNames::new(data.path().join("logs"));
         let ours = name("/team/../apps", "../..");
-        names.began(one, &ours, &log(one), |_| true);
-        names.began(one, &ours, &log(one), |_| true);
-        names.began(two, &ours, &log(two), |_| true);
+        let link = |id: MicrovmId| Link::to_microvm(id, ours.clone(), log(id));
+        for id in [one, one, two] {
+            names.began(&link(id), |_| true);
+        }
         let dir = data.path().join("logs/%2Fteam%2F..%2Fapps/%2E.%2F..");
         for id in [one, two] {
             assert_eq!(fs::read_to_string(dir.join(id.to_string()).join("app.log")).unwrap(), id.to_string());
         }
         // Only what the registry has forgotten goes; what a person put there stays.
         fs::write(dir.join("note"), "mine").unwrap();
-        names.restore([(two, ours, log(two))], |id| id == two);
+        let build = Link { name: name("/team/../apps", "../.."), file: "app-1.0.log".to_owned(), target: data.path().join("images/app/1.0/build.log") };
+        names.restore([link(two), build], |id| id == two);
+        assert!(!dir.join("app-1.0.log").is_symlink(), "that build has no log");
         assert!(!dir.join(one.to_string()).is_symlink() && dir.join(two.to_string()).is_symlink() && dir.join("note").is_file());
         fs::remove_file(dir.join("note")).unwrap();
         names.restore([], |_| false);

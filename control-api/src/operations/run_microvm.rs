@@ -1,8 +1,8 @@
 //! RunMicrovm: a new microVM from an image.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, time::Duration};
 
-use idle_controller::{ControllerError, MicrovmView, RunSpec};
+use idle_controller::{ControllerError, RunSpec};
 use image_builder::{ImageRecord, Lease, NotRunnable};
 use model::{IdlePolicy, ImageVersion, MAX_DURATION, rights::EXECUTION_ROLE};
 use serde::Deserialize;
@@ -102,22 +102,9 @@ async fn run(api: &Api, caller: &Caller, input: Input) -> Result<Answer, ApiErro
         request: serde_json::to_value(remembered).map_err(|cause| ApiError::internal("writing down a request", &cause))?,
     };
     match api.parts.controller.run(spec).await {
-        Ok(view) => {
-            name_log(api, &view).await;
-            Ok(Answer::ok(microvm_body::whole(api, &view)))
-        }
+        Ok(view) => Ok(Answer::ok(microvm_body::whole(api, &view))),
         Err(full @ ControllerError::Full { .. }) => Err(ApiError::new(ErrorKind::ServiceQuotaExceeded, format!("{full}; terminate some first"))),
         Err(error) => Err(ApiError::internal("taking a new MicroVM", &error)),
-    }
-}
-
-/// The log is found under its name from now on.
-async fn name_log(api: &Api, view: &MicrovmView) {
-    let Some(name) = super::log_name(view) else { return };
-    let (names, controller, id) = (Arc::clone(&api.log_names), api.parts.controller.clone(), view.id);
-    let named = tokio::task::spawn_blocking(move || names.began(id, &name, &controller.log_dir(id), |id| controller.find(id).is_some()));
-    if let Err(panicked) = named.await {
-        tracing::error!(microvm.id = %view.id, error = %panicked, "naming a log ended unexpectedly");
     }
 }
 

@@ -73,6 +73,9 @@ async fn a_log_is_found_under_the_name_that_was_asked_for() {
     let under = logs.join(format!("%2F..%2F..%2Fetc%2Fcron.d/%2E.%2F..%2F../{named}/app.log"));
     assert_eq!(fs::read_to_string(&under).unwrap(), named.to_string());
     assert_eq!(fs::read_dir(&logs).unwrap().count(), 2, "the silent one has no name");
+    // A build's log leads to where builds have it; this bench has none there.
+    let builds = fs::read_dir(logs.join(format!("%2Faws%2Flambda-microvms%2Fhello/{day}[0.0]hello-1.0"))).unwrap();
+    assert_eq!(builds.map(|entry| entry.unwrap().file_name()).collect::<Vec<_>>(), ["hello-1.0.log"]);
     let refused = bench.get(&format!("/dormouse/v1/microvms/{silent}/logs")).await;
     assert_eq!(refused.status, 404);
     assert!(refused.message().contains("logging disabled"), "{refused:?}");
