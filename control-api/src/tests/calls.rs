@@ -272,3 +272,16 @@ async fn a_key_is_shown_again_and_nothing_else_is_done_with_it() {
     let run = bench.post(MICROVMS, json!({"imageIdentifier": "hello", "kmsKeyIdentifier": "alias/mine"})).await;
     assert_eq!((run.status.as_u16(), &run.body["kmsKeyIdentifier"]), (200, &json!("alias/mine")));
 }
+
+#[tokio::test]
+async fn egress_is_the_images_unless_the_call_names_its_own() {
+    let bench = Bench::new().await;
+    let mut request = image_request("closed", CODE);
+    request["egressNetworkConnectors"] = json!([connector("NO_EGRESS")]);
+    assert_eq!(bench.post(IMAGES, request).await.body["egressNetworkConnectors"], json!([connector("NO_EGRESS")]));
+    bench.images.end("closed", None).await;
+    for (asked, echoed) in [(Value::Null, "NO_EGRESS"), (json!([]), "NO_EGRESS"), (json!([connector("INTERNET_EGRESS")]), "INTERNET_EGRESS")] {
+        let run = bench.post(MICROVMS, json!({"imageIdentifier": "closed", "egressNetworkConnectors": asked})).await;
+        assert_eq!((run.status.as_u16(), &run.body["egressNetworkConnectors"]), (200, &json!([connector(echoed)])), "{run:?}");
+    }
+}
