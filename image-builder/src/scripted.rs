@@ -50,12 +50,6 @@ impl ScriptedBuilds {
         Catalog::open_with(config, engine, Arc::new(self.clone())).await
     }
 
-    /// Lets a build end so when it comes to that, without waiting for it.
-    pub fn tell(&self, name: &str, version: ImageVersion, failure: Option<BuildFailure>) {
-        let name: ImageName = name.parse().expect("a test names its images rightly");
-        self.told.send_modify(|told| drop(told.insert((name, version), failure)));
-    }
-
     /// Ends a build, now or when it has begun; returns when the catalog has written that down.
     pub async fn end(&self, catalog: &Catalog, name: &str, version: ImageVersion, failure: Option<BuildFailure>) {
         let name: ImageName = name.parse().expect("a test names its images rightly");
