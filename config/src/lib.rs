@@ -17,6 +17,7 @@ use std::{
 pub use api::{Api, ApiKey, ApiRates, KeyRole};
 pub use problem::{ConfigError, Problem};
 use ipnet::IpNet;
+use model::SuspendHookFailure;
 use reader::Reader;
 
 /// Everything a node is told.
@@ -200,6 +201,8 @@ pub struct Lifecycle {
     pub keep_terminated: Duration,
     /// The least maxIdleDurationSeconds that the API takes. AWS: 60.
     pub least_idle: Duration,
+    /// What a `/suspend` hook that does not answer 200 means.
+    pub suspend_hook_failure: SuspendHookFailure,
 }
 
 /// Image builds.
@@ -350,6 +353,7 @@ impl Config {
                 max_memory_mib: s.count("max_memory_mib", 1_048_576, 512..=1 << 40, "Baseline memory that all microVMs (asleep or awake) and builds may have together, in MiB; more are told 402. The default is AWS's quota of its large regions; one who sleeps costs this node disk, not memory, so it is not the memory of the host.") as u64,
                 keep_terminated: s.seconds("keep_terminated_secs", 86_400, 0..=31_536_000, "How long a terminated microVM stays readable."),
                 least_idle: s.seconds("least_idle_secs", 60, 1..=28_800, "The least maxIdleDurationSeconds that RunMicrovm takes (AWS: 60)."),
+                suspend_hook_failure: s.choice("suspend_hook_failure", &[("keep", SuspendHookFailure::Keep), ("terminate", SuspendHookFailure::Terminate)], "A microVM whose /suspend hook does not answer 200: keep lets it run on and tries again after the next idle period; terminate ends it, as AWS was seen to do."),
             }),
             build: r.section("build", |s| Build {
                 max_concurrent: s.count("max_concurrent", 2, 1..=64, "Image builds at a time; more wait. Each boots a guest and takes a processor for most of its time."),

@@ -201,6 +201,7 @@ async fn run(place: Place<'_>, predecessor: Option<Predecessor>, held: &mut Opti
             max_waiting_per_microvm: config.lifecycle.max_waiting_per_microvm,
             keep_terminated: config.lifecycle.keep_terminated,
             max_microvms: config.lifecycle.max_microvms,
+            suspend_hook_failure: config.lifecycle.suspend_hook_failure,
         },
         Arc::clone(&engine),
         clock.clone(),

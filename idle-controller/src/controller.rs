@@ -10,13 +10,16 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use arc_swap::ArcSwapOption;
 use dashmap::DashMap;
 use futures::StreamExt;
-use model::{Clock, Egress, EndpointId, Generation, IdlePolicy, ImageName, ImageVersion, MAX_DURATION, MemorySize, MicrovmId, Usage, chain};
+use model::{
+    Clock, Egress, EndpointId, Generation, Hook, Hooks, IdlePolicy, ImageName, ImageVersion, MAX_DURATION, MemorySize, MicrovmId, RunPayload,
+    SuspendHookFailure, Usage, chain,
+};
 use parking_lot::Mutex;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -31,7 +34,7 @@ use crate::{
     metrics::Metrics,
     operations::{LOG_DIR, blocking_io},
     reconcile,
-    registry::{Opened, Record, SavedState, Store},
+    registry::{Opened, Record, RunDue, SavedState, Store},
 };
 
 /// MicroVMs whose truth is looked up at a time at start: a few files and sockets each.
@@ -54,6 +57,8 @@ pub struct ControllerConfig {
     pub keep_terminated: Duration,
     /// microVMs (not TERMINATED) this node takes.
     pub max_microvms: usize,
+    /// What a `/suspend` hook that does not answer 200 means.
+    pub suspend_hook_failure: SuspendHookFailure,
 }
 
 /// What to run.
@@ -73,6 +78,10 @@ pub struct RunSpec {
     pub identity: BTreeMap<String, String>,
     /// Where it may connect to.
     pub egress: Egress,
+    /// Which hooks its app wants called, of those that a microVM has (run, resume, suspend, terminate).
+    pub hooks: Option<Hooks>,
+    /// What the run hook is sent; kept until it has answered.
+    pub run_payload: Option<RunPayload>,
     /// Opaque to the controller: what the API wants to remember of the request, as JSON.
     pub request: serde_json::Value,
     /// Its size, for what its use is measured by.
@@ -132,6 +141,11 @@ impl Node {
     /// The one place that knows the layout.
     pub(crate) fn microvm_dir(&self, id: MicrovmId) -> PathBuf {
         self.config.dir.join("microvms").join(id.to_string())
+    }
+
+    /// The rules for a microVM that has `left` of its maximum duration.
+    pub(crate) fn policy(&self, idle: Option<IdlePolicy>, max_duration: Duration, left: Duration, now: Instant) -> Policy {
+        Policy { suspend_hook_failure: self.config.suspend_hook_failure, ..Policy::new(idle, max_duration, left, self.config.keep_terminated, now) }
     }
 
     /// Passes a hint on to the engine without waiting for it.
@@ -393,7 +407,8 @@ async fn settle(node: &Node, mut beginning: Beginning) -> Result<Beginning, Cont
 async fn take(node: &Arc<Node>, spec: RunSpec, ticket: Ticket) -> Result<MicrovmView, ControllerError> {
     let (now, wall) = (node.clock.now(), node.clock.wall());
     let max_duration = spec.max_duration.min(MAX_DURATION);
-    let policy = Policy::new(spec.idle, max_duration, max_duration, node.config.keep_terminated, now);
+    let policy = node.policy(spec.idle, max_duration, max_duration, now);
+    let run_due = spec.hooks.filter(|hooks| hooks.timeout(Hook::Run).is_some()).map(|_| RunDue { payload: spec.run_payload });
     let record = Record {
         id: MicrovmId::random(),
         endpoint: EndpointId::random(),
@@ -404,6 +419,8 @@ async fn take(node: &Arc<Node>, spec: RunSpec, ticket: Ticket) -> Result<Microvm
         max_duration,
         identity: spec.identity,
         egress: spec.egress,
+        hooks: spec.hooks,
+        run_due,
         request: spec.request,
         keep_output: spec.keep_output,
         size: spec.size,
@@ -425,8 +442,6 @@ async fn take(node: &Arc<Node>, spec: RunSpec, ticket: Ticket) -> Result<Microvm
 
 #[cfg(test)]
 mod tests {
-    use std::time::Instant;
-
     use model::{MicrovmState, SystemClock};
     use vmm_runtime::loopback::LoopbackEngine;
 
@@ -443,6 +458,7 @@ mod tests {
             max_waiting_per_microvm: 4,
             keep_terminated: Duration::from_secs(60),
             max_microvms: 4,
+            suspend_hook_failure: SuspendHookFailure::Keep,
         };
         let controller = Controller::open(config, Arc::new(engine.clone()), Arc::new(SystemClock), &registry).await.unwrap();
         let spec = RunSpec {
@@ -453,6 +469,8 @@ mod tests {
             max_duration: MAX_DURATION,
             identity: BTreeMap::new(),
             egress: Egress::default(),
+            hooks: None,
+            run_payload: None,
             request: serde_json::Value::Null,
             size: MemorySize::DEFAULT,
             keep_output: true,

@@ -17,7 +17,7 @@ use std::{
 };
 
 use futures::{FutureExt, future::BoxFuture};
-use model::chain;
+use model::{Hook, chain};
 use tokio::sync::{mpsc, oneshot, watch};
 use vmm_runtime::engine::{Exit, Phases, Vm};
 
@@ -298,6 +298,7 @@ impl Driver {
                 if self.seat.live.load().as_ref().is_none_or(|live| !Arc::ptr_eq(&live.vm, vm)) {
                     self.seat.live.store(Some(Arc::new(Live { vm: Arc::clone(vm), generation })));
                 }
+                vm.release_streams();
                 self.seat.activity.open();
             }
             _ => self.seat.activity.close(),
@@ -316,9 +317,9 @@ impl Driver {
                 }
                 Effect::Suspend => {
                     let vm = self.vm.clone().expect("the machine suspends only what runs, and what runs has a VM");
-                    let (meter, generation) = (Arc::clone(&self.seat.meter), self.machine.generation());
-                    let sample = move |counted| meter.sample(generation, counted, node.clock.now());
-                    self.begin(Kind::Suspend, |cancel| operations::suspend(vm, sample, cancel).boxed());
+                    let (meter, clock, generation) = (Arc::clone(&self.seat.meter), Arc::clone(&node.clock), self.machine.generation());
+                    let sample = move |counted| meter.sample(generation, counted, clock.now());
+                    self.begin(Kind::Suspend, |cancel| operations::suspend(node, record, vm, sample, cancel).boxed());
                 }
                 Effect::TakeBack => {
                     if let Some(operation) = &self.operation {
@@ -354,17 +355,23 @@ impl Driver {
             Phase::Terminating { reason: EndReason::Damaged(_) } => Remains::Damaged,
             _ => Remains::Logs,
         };
+        // An app that ended by itself is not told, nor one that never agreed to run.
+        let farewell = match self.machine.phase() {
+            Phase::Terminating { reason: EndReason::AppExited(_) | EndReason::Lost(_) | EndReason::Damaged(_) | EndReason::LaunchFailed(_) } => None,
+            _ => self.record.hooks.filter(|hooks| self.vm.is_some() && hooks.timeout(Hook::Terminate).is_some()),
+        };
         (self.exit, self.parked) = (None, None);
         self.seat.meter.ended(self.node.clock.now());
         let vms = self.vm.take().into_iter().chain(self.predecessor.take()).collect();
         self.seat.live.store(None);
         let (node, record) = (Arc::clone(&self.node), self.record.clone());
-        self.begin(Kind::Destroy, |_| operations::destroy(node, record, overtaken, vms, remains).boxed());
+        self.begin(Kind::Destroy, |_| operations::destroy(node, record, overtaken, vms, farewell, remains).boxed());
     }
 
     /// Lets everyone through who waits.
     fn release(&mut self) {
         let vm = self.vm.as_ref().expect("the machine releases only into what runs, and what runs has a VM");
+        vm.release_streams();
         let live = Arc::new(Live { vm: Arc::clone(vm), generation: self.machine.generation() });
         let phases = self.wake.as_ref().map(|wake| Arc::new(wake.phases.clone()));
         for waiter in self.waiting.drain(..) {

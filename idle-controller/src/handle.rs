@@ -276,7 +276,8 @@ pub struct WakeReport {
     /// How long this caller waited.
     pub waited: Duration,
     /// The steps of the wake, which began when its first caller came: `take-back` (waiting for a suspend that was under
-    /// way), `queue` (for a start slot), the engine's own, `record` (making the new state durable).
+    /// way), `queue` (for a start slot), the engine's own, `hook` (the app's answer to `/run` or `/resume`), `record` (making the
+    /// new state durable).
     pub phases: Phases,
 }
 

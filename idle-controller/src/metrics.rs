@@ -224,7 +224,7 @@ mod tests {
             ("idle_launches_total", 3),
             ("idle_suspends_total", 4),
             ("idle_suspend_written_bytes_total", 2),
-            ("idle_terminations_total", 7),
+            ("idle_terminations_total", 8),
             ("idle_starts_waiting", 1),
         ] {
             let family = families.iter().find(|family| family.name() == name).unwrap_or_else(|| panic!("{name} is missing"));

@@ -1,7 +1,11 @@
-//! What the driver has done for it in child tasks: the engine's operations, each with its outcome.
+//! What the driver has done for it in child tasks: the engine's operations with the hooks that belong to them, each with its
+//! outcome.
 //!
-//! Owns: how an effect is performed, and how everything of a microVM is removed. Never changes a phase. A task here is
-//! aborted when its [`Operation`] is dropped, which is what a crash of the whole process would do to it.
+//! Owns: how an effect is performed, when which hook is called (see `operations/told.rs`), and how everything of a microVM is
+//! removed. Never changes a phase. A task here is aborted when its [`Operation`] is dropped, which is what a crash of the whole
+//! process would do to it.
+
+mod told;
 
 use std::{
     future::Future,
@@ -11,7 +15,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use model::chain;
+use hooks::HookFailed;
+use model::{Hook, Hooks, chain};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use vmm_runtime::engine::{EngineError, LaunchSpec, NO_OUTPUT, RestoreSpec, SnapshotRecord, Started, SuspendOutcome, Usage, Vm};
 
@@ -50,11 +55,21 @@ pub(crate) enum Outcome {
     Start {
         /// In line for a start slot.
         queued: Duration,
-        result: Result<Started, EngineError>,
+        result: Result<Started, OperationError>,
     },
-    Suspend(Result<SuspendOutcome, EngineError>),
+    Suspend(Result<SuspendOutcome, OperationError>),
     Inspect(Result<Option<SnapshotRecord>, EngineError>),
     Destroy,
+}
+
+/// Why an operation did not do what it should.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum OperationError {
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// The app did not agree.
+    #[error(transparent)]
+    Hook(HookFailed),
 }
 
 impl Operation {
@@ -72,46 +87,63 @@ impl Operation {
     pub(crate) fn panicked(kind: Kind, error: tokio::task::JoinError) -> Outcome {
         let failed = |doing: &str| EngineError::Failed { doing: doing.to_owned(), source: Box::new(error) };
         match kind {
-            Kind::Launch | Kind::Restore => Outcome::Start { queued: Duration::ZERO, result: Err(failed("the engine's start")) },
-            Kind::Suspend => Outcome::Suspend(Err(failed("the engine's suspend"))),
+            Kind::Launch | Kind::Restore => Outcome::Start { queued: Duration::ZERO, result: Err(failed("the engine's start").into()) },
+            Kind::Suspend => Outcome::Suspend(Err(failed("the engine's suspend").into())),
             Kind::Inspect => Outcome::Inspect(Err(failed("the engine's look for a snapshot"))),
             Kind::Destroy => Outcome::Destroy,
         }
     }
 }
 
-/// The microVM's first start.
+/// The microVM's first start, with its `/run`.
 pub(crate) async fn launch(node: Arc<Node>, record: Record, cancel: CancellationToken) -> Outcome {
     let dir = node.microvm_dir(record.id);
-    in_turn(&node, cancel, async {
+    let (queued, started) = in_turn(&node, &cancel, async {
         let made = dir.clone();
         blocking_io(move || fresh_dir(&made, record.keep_output))
             .await
             .map_err(|source| EngineError::Failed { doing: format!("making {}", dir.display()), source: Box::new(source) })?;
-        let spec = LaunchSpec { id: record.id, dir, image_dir: record.image_dir, identity: record.identity, egress: record.egress };
+        let identity = record.identity.clone();
+        let spec = LaunchSpec { id: record.id, dir, image_dir: record.image_dir.clone(), identity, egress: record.egress };
         node.engine.launch(spec).await
     })
-    .await
+    .await;
+    let run = record.run_due.as_ref().map(|due| hooks::run_body(record.id, due.payload.as_ref()));
+    let result = match started {
+        Ok(started) if run.is_some() => told::started(&node, &record, started, Hook::Run, run, &cancel).await,
+        other => other.map_err(OperationError::from),
+    };
+    Outcome::Start { queued, result }
 }
 
-/// A wake.
+/// A wake, with its `/resume`.
 pub(crate) async fn restore(node: Arc<Node>, record: Record, predecessor: Option<Arc<dyn Vm>>, cancel: CancellationToken) -> Outcome {
     let spec = RestoreSpec {
         id: record.id,
         dir: node.microvm_dir(record.id),
-        image_dir: record.image_dir,
+        image_dir: record.image_dir.clone(),
         generation: record.generation.next(),
         predecessor,
-        identity: record.identity,
+        identity: record.identity.clone(),
         egress: record.egress,
     };
-    in_turn(&node, cancel, node.engine.restore(spec)).await
+    let (queued, started) = in_turn(&node, &cancel, node.engine.restore(spec)).await;
+    let result = match started {
+        Ok(started) => told::started(&node, &record, started, Hook::Resume, None, &cancel).await,
+        Err(error) => Err(error.into()),
+    };
+    Outcome::Start { queued, result }
 }
 
-/// A suspend; `cancel` takes it back. `sample` sees what the VMM counted last.
-pub(crate) async fn suspend(vm: Arc<dyn Vm>, sample: impl FnOnce(Usage), cancel: CancellationToken) -> Outcome {
-    sample(vm.usage().await);
-    Outcome::Suspend(vm.suspend(cancel).await)
+/// A suspend, after its `/suspend`; `cancel` takes it back. `sample` sees what the VMM counted last.
+pub(crate) async fn suspend(
+    node: Arc<Node>,
+    record: Record,
+    vm: Arc<dyn Vm>,
+    sample: impl FnOnce(Usage) + Send,
+    cancel: CancellationToken,
+) -> Outcome {
+    Outcome::Suspend(told::suspended(&node, &record, vm.as_ref(), sample, cancel).await)
 }
 
 /// Whether there is something to fall back on after the death of `fallen`.
@@ -124,7 +156,11 @@ pub(crate) async fn inspect(node: Arc<Node>, record: Record, fallen: Option<Arc<
 }
 
 /// Waits for one of the node's start slots, first come first served, and does `start` in it.
-async fn in_turn(node: &Node, cancel: CancellationToken, start: impl Future<Output = Result<Started, EngineError>>) -> Outcome {
+async fn in_turn(
+    node: &Node,
+    cancel: &CancellationToken,
+    start: impl Future<Output = Result<Started, EngineError>>,
+) -> (Duration, Result<Started, EngineError>) {
     let began = node.clock.now();
     let waiting = Counted::new(&node.metrics.starts_waiting);
     let slot = tokio::select! {
@@ -138,7 +174,7 @@ async fn in_turn(node: &Node, cancel: CancellationToken, start: impl Future<Outp
         Some(_slot) => start.await,
         None => Err(EngineError::Host { what: "the microVM was ended before its turn to start came".to_owned() }),
     };
-    Outcome::Start { queued, result }
+    (queued, result)
 }
 
 /// What [`destroy`] does with the files.
@@ -150,16 +186,24 @@ pub(crate) enum Remains {
     Damaged,
 }
 
-/// Ends whatever is left of a microVM. Kills first and asks later: what was `overtaken` ends because its microVM is gone.
+/// Ends whatever is left of a microVM. One that is awake is told so by its `/terminate` if there is a `farewell`. Then it kills
+/// first and asks later: what was `overtaken` ends because its microVM is gone.
 pub(crate) async fn destroy(
     node: Arc<Node>,
     record: Record,
-    overtaken: Option<Operation>,
+    mut overtaken: Option<Operation>,
     vms: Vec<Arc<dyn Vm>>,
+    farewell: Option<Hooks>,
     remains: Remains,
 ) -> Outcome {
     if let Some(operation) = &overtaken {
         operation.cancel.cancel();
+    }
+    if let (Some(hooks), Some(vm)) = (farewell, vms.first())
+        && is_awake(&mut overtaken).await
+        && let Err(failed) = hooks::call(vm.as_ref(), &hooks, Hook::Terminate, None).await
+    {
+        tracing::info!(microvm.id = %record.id, why = failed.detail(), "a microVM's terminate hook did not answer 200; it ends all the same");
     }
     for vm in vms {
         kill(&record, vm.as_ref()).await;
@@ -192,6 +236,22 @@ pub(crate) async fn destroy(
         tracing::warn!(microvm.id = %record.id, dir = %dir.display(), error = chain(&error), "a terminated microVM's files could not all be removed");
     }
     Outcome::Destroy
+}
+
+/// Whether the app of a microVM that is being ended can hear anything. A suspend that is under way is waited for, since it can
+/// still go either way.
+async fn is_awake(overtaken: &mut Option<Operation>) -> bool {
+    let Some(operation) = overtaken else { return true };
+    if operation.kind != Kind::Suspend {
+        return false;
+    }
+    let Ok(outcome) = tokio::time::timeout(OVERTAKE_GRACE, &mut operation.task).await else { return false };
+    *overtaken = None;
+    match outcome {
+        Ok(Outcome::Suspend(Ok(SuspendOutcome::TakenBack) | Err(OperationError::Hook(_)))) => true,
+        Ok(Outcome::Suspend(Err(OperationError::Engine(error)))) => !matches!(error, EngineError::Ended { .. }),
+        _ => false,
+    }
 }
 
 async fn kill(record: &Record, vm: &dyn Vm) {

@@ -5,6 +5,7 @@
 //!
 //! | record says | a process is there | a snapshot is there | it becomes |
 //! |---|---|---|---|
+//! | PENDING, its `/run` hook not answered | ended by the sweep: nobody had reached it | – | launched once more |
 //! | PENDING | yes | – | RUNNING |
 //! | PENDING | no | – | TERMINATED, with a reason |
 //! | RUNNING (or was suspending) | yes | – | RUNNING |
@@ -32,7 +33,13 @@ const GONE: &str = "its VMM process ended while the node was down";
 
 /// The microVMs whose processes must survive the sweep.
 pub(crate) fn keep(records: &[Record]) -> Vec<MicrovmId> {
-    records.iter().filter(|record| matches!(record.state, SavedState::Pending | SavedState::Running)).map(|record| record.id).collect()
+    let keeps = |record: &&Record| match record.state {
+        // One that has not heard its `/run`, or whose answer nobody heard, is no microVM yet.
+        SavedState::Pending => record.run_due.is_none(),
+        SavedState::Running => true,
+        SavedState::Suspended { .. } | SavedState::Terminating { .. } | SavedState::Terminated { .. } => false,
+    };
+    records.iter().filter(keeps).map(|record| record.id).collect()
 }
 
 /// Finds out what has become of one microVM, and enforces what has expired meanwhile (design §4 rule 7). The record is
@@ -44,7 +51,7 @@ pub(crate) async fn recover(node: &Node, record: Record, usage: Option<SavedUsag
     // A wall clock that went backwards meanwhile counts as no time at all.
     let away = node.clock.wall().duration_since(record.saved_at).unwrap_or_default();
     let left = record.max_duration.saturating_sub(record.lived.saturating_add(away));
-    let policy = Policy::new(record.idle, record.max_duration, left, node.config.keep_terminated, now);
+    let policy = node.policy(record.idle, record.max_duration, left, now);
     let generation = record.generation;
 
     let (mut machine, vm, mut effects) = match &record.state {
@@ -64,6 +71,7 @@ pub(crate) async fn recover(node: &Node, record: Record, usage: Option<SavedUsag
         SavedState::Suspended { reason } => {
             (Machine::asleep(policy, generation, record.asleep.saturating_add(away), reason.clone(), now), None, vec![])
         }
+        SavedState::Pending if record.run_due.is_some() => (Machine::launching(policy), None, vec![Effect::Launch]),
         SavedState::Pending | SavedState::Running => {
             let dir = node.microvm_dir(record.id);
             let adopted = match node.engine.adopt(record.id, dir.clone(), record.image_dir.clone(), generation).await {

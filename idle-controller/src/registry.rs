@@ -16,7 +16,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use model::{Egress, EndpointId, Generation, IdlePolicy, ImageName, ImageVersion, MemorySize, MicrovmId, Usage};
+use model::{Egress, EndpointId, Generation, Hooks, IdlePolicy, ImageName, ImageVersion, MemorySize, MicrovmId, RunPayload, Usage};
 use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::sync::{mpsc, oneshot};
@@ -56,6 +56,12 @@ pub(crate) struct Record {
     /// Records of older programs lack it; their guests had no network.
     #[serde(default)]
     pub(crate) egress: Egress,
+    /// Which hooks its app wants called.
+    #[serde(default)]
+    pub(crate) hooks: Option<Hooks>,
+    /// What `/run` is to be sent; `None` once it has answered, or if nobody asked for the call.
+    #[serde(default)]
+    pub(crate) run_due: Option<RunDue>,
     pub(crate) request: serde_json::Value,
     /// Records of older programs lack it; they kept all output.
     #[serde(default = "yes")]
@@ -77,6 +83,12 @@ pub(crate) struct Record {
 
 fn yes() -> bool {
     true
+}
+
+/// A `/run` call that is not answered. While there is one, nothing has reached the microVM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct RunDue {
+    pub(crate) payload: Option<RunPayload>,
 }
 
 /// What a record says of the life.
@@ -362,6 +374,8 @@ mod tests {
             max_duration: Duration::from_secs(28_800),
             identity: BTreeMap::from([("AWS_REGION".to_owned(), "eu-north-1".to_owned())]),
             egress: Egress::Internet,
+            hooks: Some(Hooks { run: Some(Duration::from_secs(1)), ..Hooks::none(model::Port::DEFAULT) }),
+            run_due: Some(RunDue { payload: Some(RunPayload("for /run".to_owned())) }),
             request: serde_json::json!({"clientToken": "t", "tags": [1, null]}),
             keep_output: false,
             size: MemorySize::DEFAULT,
@@ -406,6 +420,16 @@ mod tests {
         assert!(opened.records.contains(&kept) && opened.records.contains(&later));
         assert_eq!(opened.usage, HashMap::from([(kept.id, used(1.0)), (changed.id, used(3.0))]));
         assert_eq!(opened.by_image, BTreeMap::from([(dropped.image, used(4.0).usage)]), "what a forgotten one used is its image's, once");
+    }
+
+    #[test]
+    fn a_record_of_a_time_before_hooks_is_read() {
+        let mut json = serde_json::to_value(record()).unwrap();
+        for member in ["hooks", "run_due"] {
+            assert!(json.as_object_mut().unwrap().remove(member).is_some());
+        }
+        let read: Record = serde_json::from_value(json).unwrap();
+        assert_eq!((read.hooks, read.run_due), (None, None));
     }
 
     #[tokio::test]

@@ -130,6 +130,7 @@ impl Microvm {
             egress: Default::default(),
         };
         let Started { vm, phases, .. } = engine.restore(spec).await?;
+        vm.release_streams();
         self.vm = vm;
         Ok(phases)
     }

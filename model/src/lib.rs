@@ -19,7 +19,7 @@ pub use chain::chain;
 pub use clock::{Clock, SystemClock};
 pub use hooks::{Hook, Hooks, RunPayload};
 pub use ids::{EndpointId, Generation, ImageName, ImageVersion, MicrovmId, ParseIdError};
-pub use policy::{IdlePolicy, MAX_DURATION};
+pub use policy::{IdlePolicy, MAX_DURATION, SuspendHookFailure};
 pub use port::{Door, Port, PortRange, PortScope};
 pub use rights::{Capabilities, Egress, Rights};
 pub use size::{MemorySize, Shape};

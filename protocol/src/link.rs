@@ -4,9 +4,12 @@
 //! ```text
 //!            attach            quiesce              detach              attach(Restored)
 //! Detached ─────────► Attached ───────► Quiesced ─────────► Parked ──────────────────────► Attached
-//!                        ▲                 │                  (streams keep what they hold)
-//!                        └─── unquiesce ───┘
+//!                        ▲                 │                  ▲ (streams keep what they hold)  │
+//!                        └─── unquiesce ───┘                  └────────── park_again ──────────┘
 //! ```
+//! A quiesce also *holds* the streams of the time before it: after an unquiesce or an attach no byte of theirs moves until
+//! [`AgentLink::release_streams`], while new ones can be opened. Whoever restores a guest can first talk to it alone, and if
+//! that goes wrong throw it away as if it had never been.
 //! From anywhere else a detach, a lost transport or an attach to another guest resets every stream. The guest is not
 //! trusted: whatever breaks the protocol ends the attachment, and nothing it sends can make this side hold more than the
 //! windows of its streams.
@@ -125,6 +128,8 @@ struct State {
     next_seq: u64,
     /// The guest's answer to the newest quiesce or unquiesce.
     answer: Option<(u64, Result<(), String>)>,
+    /// Attached to a restored guest, with all of its streams still held.
+    untouched: bool,
 }
 
 /// The host's end. All methods may be called from any task.
@@ -157,6 +162,7 @@ impl AgentLink {
             exit_seen: false,
             next_seq: 1,
             answer: None,
+            untouched: false,
         };
         Arc::new(Self { mux: Arc::new(Mux::new(Side::Host)), state: Mutex::new(state), output, attaching: tokio::sync::Mutex::new(()) })
     }
@@ -169,17 +175,17 @@ impl AgentLink {
         let attached = async {
             let _one = self.attaching.lock().await;
             self.detach();
-            let epoch = self.epoch_for(&how)?;
+            let (epoch, goes_on) = self.epoch_for(&how)?;
             let (reader, mut writer) = tokio::io::split(io);
             let mut reader = FrameReader::new(reader, Decoder::seeking());
             let ack = shake_hands(&mut reader, &mut writer, epoch, how).await?;
-            self.install(reader, writer, ack)
+            self.install(reader, writer, ack, goes_on)
         };
         tokio::time::timeout(limit, attached).await.unwrap_or(Err(LinkError::Timeout(limit)))
     }
 
-    /// The epoch of the attachment that begins: the old one only if the guest's streams can go on.
-    fn epoch_for(&self, how: &Attach) -> Result<u64, LinkError> {
+    /// The epoch of the attachment that begins: the old one only if the guest's streams can go on, and whether they can.
+    fn epoch_for(&self, how: &Attach) -> Result<(u64, bool), LinkError> {
         let mut state = self.state.lock();
         let goes_on = match (state.phase, how) {
             (Phase::Closed, _) => return Err(LinkError::Closed),
@@ -192,7 +198,7 @@ impl AgentLink {
                 state.epoch = random_epoch();
             }
         }
-        Ok(state.epoch)
+        Ok((state.epoch, goes_on))
     }
 
     fn install<T: AsyncRead + AsyncWrite + Send + 'static>(
@@ -200,12 +206,14 @@ impl AgentLink {
         reader: FrameReader<tokio::io::ReadHalf<T>>,
         writer: tokio::io::WriteHalf<T>,
         ack: Ack,
+        goes_on: bool,
     ) -> Result<(), LinkError> {
         let mut state = self.state.lock();
         if state.phase == Phase::Closed {
             return Err(LinkError::Closed);
         }
         state.phase = Phase::Attached;
+        state.untouched = goes_on;
         state.lost = false;
         state.attachment += 1;
         if let Some(code) = ack.exited {
@@ -304,6 +312,9 @@ impl AgentLink {
             debug!(why, "the channel of a quiesced guest ended");
             self.mux.lock().gate = Gate::Shut;
             state.phase = Phase::Parked;
+        } else if state.untouched {
+            debug!(why, "the channel of a restored guest ended before its streams went on");
+            self.forget_attempt(&mut state);
         } else {
             warn!(why, "the channel to a guest agent ended");
             self.forget(&mut state, Phase::Detached);
@@ -322,6 +333,44 @@ impl AgentLink {
         core.gate = Gate::Shut;
         core.clear_messages();
         core.reset_all();
+    }
+
+    /// Forgets a restored guest whose streams never went on: another one of the same snapshot may be attached.
+    fn forget_attempt(&self, state: &mut State) {
+        state.phase = Phase::Parked;
+        state.untouched = false;
+        state.calls.clear();
+        state.answer = None;
+        state.events.clear();
+        state.exit_seen = false;
+        let mut core = self.mux.lock();
+        core.gate = Gate::Shut;
+        core.clear_messages();
+        core.keep_held_only();
+    }
+
+    /// Lets the streams of the time before the last quiesce go on, with a guest that runs. Harmless at any other time.
+    pub fn release_streams(&self) {
+        let mut state = self.state.lock();
+        if state.phase == Phase::Attached {
+            state.untouched = false;
+            self.mux.lock().release_streams();
+        }
+    }
+
+    /// Throws away a restored guest: the link is parked as it was before the attach, with every stream of that time; those that
+    /// were opened since are reset. `false`, and nothing is changed, if the guest is another or its streams have gone on.
+    pub fn park_again(&self) -> bool {
+        let mut state = self.state.lock();
+        // Its channel may have ended already.
+        let parked = state.phase == Phase::Parked || (state.phase == Phase::Attached && state.untouched);
+        if state.phase == Phase::Attached && state.untouched {
+            state.tasks.abort_all();
+            self.forget_attempt(&mut state);
+        }
+        drop(state);
+        self.mux.changed.notify_waiters();
+        parked
     }
 
     /// Asks the agent something.
@@ -382,7 +431,8 @@ impl AgentLink {
 
     /// Brings the channel to silence for a snapshot: the app is frozen, every byte under way has arrived on either side,
     /// and neither side sends another until [`AgentLink::unquiesce`] or the next [`AgentLink::attach`]. Streams are
-    /// parked. If the agent does not answer in `limit` (or the future is dropped), the link is as before.
+    /// parked and held. If the agent does not answer in `limit` (or the future is dropped), the link is as before, but that its
+    /// streams are held.
     pub async fn quiesce(&self, limit: Duration) -> Result<(), LinkError> {
         let seq = self.begin(Phase::Attached, Phase::Quiescing, |seq| FromHost::Quiesce { seq })?;
         let mut undo = UndoQuiesce { link: self, armed: true };
@@ -393,13 +443,14 @@ impl AgentLink {
                 return Err(LinkError::Closed);
             }
             state.phase = Phase::Quiesced;
+            self.mux.lock().take_in_last_words();
             undo.armed = false;
         }
         answer
     }
 
-    /// Takes a quiesce back: the app is thawed, streams flow. For a guest that was not replaced. Streams flow again
-    /// whatever the agent answers.
+    /// Takes a quiesce back: the app is thawed, streams can be opened. For a guest that was not replaced. That is so whatever
+    /// the agent answers.
     pub async fn unquiesce(&self, limit: Duration) -> Result<(), LinkError> {
         let seq = self.begin(Phase::Quiesced, Phase::Attached, |seq| FromHost::Unquiesce { seq })?;
         tokio::time::timeout(limit, self.answer(seq)).await.unwrap_or(Err(LinkError::Timeout(limit)))
@@ -422,6 +473,8 @@ impl AgentLink {
         } else {
             core.gate = Gate::Shut;
             core.give_up_unsent_opens();
+            core.hold_streams();
+            state.untouched = false;
         }
         drop(core);
         drop(state);

@@ -99,6 +99,8 @@ pub(crate) struct Core {
     /// Counts [`Core::reset_all`]. A new host numbers its streams anew, while those of the old one may still be in use here
     /// until their users have noticed that they were reset.
     session: u32,
+    /// Host: streams of before whose RESET was said to a guest that may yet be thrown away; the next one has to hear it, too.
+    resets_said: Vec<Key>,
     /// Bytes accepted from the users of streams and not yet taken by the writer.
     pub queued_bytes: usize,
     pub wakers: Vec<Waker>,
@@ -158,6 +160,7 @@ impl Mux {
             ready: VecDeque::new(),
             next_stream: 1,
             session: 0,
+            resets_said: Vec::new(),
             queued_bytes: 0,
             wakers: Vec::new(),
         };
@@ -288,6 +291,9 @@ impl Core {
     fn emit(&mut self, key: Key, batch: &mut BytesMut) {
         let Some(stream) = self.streams.get_mut(&key) else { return };
         stream.scheduled = false;
+        if stream.of_before && stream.stage == Stage::Resetting && !stream.is_held() {
+            self.resets_said.push(key);
+        }
         self.queued_bytes -= stream.emit(key.number, batch);
         self.settle(key);
     }
@@ -334,7 +340,63 @@ impl Core {
         });
         ready.clear();
         *queued_bytes = 0;
+        self.resets_said.clear();
         self.session = self.session.wrapping_add(1);
+    }
+
+    /// Host: holds every stream that there is. Streams that are opened later are not held.
+    pub fn hold_streams(&mut self) {
+        self.resets_said.clear();
+        self.streams.values_mut().for_each(Stream::hold);
+    }
+
+    /// Host: what held streams kept back is heard; whether they stay held is the caller's to say.
+    fn take_in(&mut self) {
+        let Self { streams, wakers, queued_bytes, .. } = self;
+        for stream in streams.values_mut() {
+            *queued_bytes -= stream.take_in(wakers);
+        }
+    }
+
+    /// Host: the guest has said all that it will say before its snapshot.
+    pub fn take_in_last_words(&mut self) {
+        self.take_in();
+        self.hold_streams();
+    }
+
+    /// Host: held streams go on.
+    pub fn release_streams(&mut self) {
+        self.take_in();
+        // Nobody asks for these any more.
+        self.streams.values_mut().for_each(|stream| stream.of_before = false);
+        self.resets_said.clear();
+        self.settle_all();
+    }
+
+    fn settle_all(&mut self) {
+        let keys: Vec<Key> = self.streams.keys().copied().collect();
+        keys.into_iter().for_each(|key| self.settle(key));
+    }
+
+    /// Host: the guest is thrown away, and another one of the same snapshot will know nothing of what it said. Held streams
+    /// are as they were; the others are reset.
+    pub fn keep_held_only(&mut self) {
+        let Self { streams, wakers, ready, queued_bytes, .. } = self;
+        streams.retain(|_, stream| {
+            stream.scheduled = false;
+            if stream.of_before {
+                stream.forget_kept_back();
+                return true;
+            }
+            *queued_bytes -= stream.queued();
+            stream.abort(wakers);
+            !stream.is_finished()
+        });
+        ready.clear();
+        for key in std::mem::take(&mut self.resets_said) {
+            self.streams.entry(key).or_insert_with(Stream::resetting);
+        }
+        self.settle_all();
     }
 
     /// Streams that are open or being opened.
@@ -377,10 +439,7 @@ impl Core {
                 stream.credit(id, u32::from_le_bytes(bytes) as usize, wakers)?;
             }
             Kind::Fin => stream.receive_fin(wakers),
-            Kind::Reset => {
-                *queued_bytes -= stream.queued();
-                stream.abort(wakers);
-            }
+            Kind::Reset => *queued_bytes -= stream.receive_reset(wakers),
             _ => return Err(Violation::Unexpected(kind)),
         }
         self.settle(key);
@@ -422,6 +481,52 @@ mod tests {
 
     use super::*;
     use crate::stream::MuxStream;
+
+    /// A guest must not wait for the answer on a stream whose other end is gone, and the guest that is restored next has not
+    /// heard what an earlier one was told.
+    #[tokio::test]
+    async fn the_end_of_a_stream_that_leads_out_is_told_at_once_and_to_every_restored_guest() {
+        let mux = Arc::new(Mux::new(Side::Host));
+        let sent = |mux: &Mux| {
+            let mut batch = BytesMut::new();
+            mux.core.lock().fill(&mut batch);
+            let mut decoder = crate::frame::Decoder::new();
+            decoder.buffer().extend_from_slice(&batch);
+            let frames = std::iter::from_fn(|| decoder.next());
+            let kinds = frames.map(|decoded| match decoded {
+                crate::frame::Decoded::Frame(frame) => (frame.kind, frame.stream),
+                other => panic!("{other:?}"),
+            });
+            kinds.collect::<Vec<_>>()
+        };
+        let open = |door| {
+            let key = mux.lock().open(door).unwrap();
+            MuxStream::new(mux.clone(), key)
+        };
+        let answered = |stream: u32| {
+            let opened = Frame { kind: Kind::Opened, stream, more: false, payload: Bytes::new() };
+            assert_eq!(mux.lock().receive(opened), Ok(Received::Nothing));
+        };
+        mux.lock().gate = Gate::Open;
+        let (out, into) = (open(Door::Egress), open(Door::Port(model::Port::DEFAULT)));
+        assert_eq!(sent(&mux), [(Kind::Open, 1), (Kind::Open, 2)]);
+        answered(1);
+        answered(2);
+        mux.lock().hold_streams();
+        mux.lock().gate = Gate::Shut;
+        drop((out, into));
+        for attempt in 0..3 {
+            mux.lock().gate = Gate::Open;
+            assert_eq!(sent(&mux), [(Kind::Reset, 1)], "attempt {attempt}");
+            mux.lock().gate = Gate::Shut;
+            mux.lock().keep_held_only();
+        }
+        mux.lock().gate = Gate::Open;
+        assert_eq!(sent(&mux), [(Kind::Reset, 1)]);
+        mux.lock().release_streams();
+        assert_eq!(sent(&mux), [(Kind::Reset, 2)], "the end of the others is told when they are released");
+        assert!(mux.lock().streams.is_empty());
+    }
 
     /// After a restart of `serve`: the new host's first stream has the number of an old one whose user in the guest has not
     /// looked at it since.

@@ -75,6 +75,26 @@ pub(crate) struct Stream {
     reader: Option<Waker>,
     /// Also waits for the answer to OPEN.
     writer: Option<Waker>,
+    /// Host: set while the stream is held. Nothing is sent, and this is what the guest has said.
+    kept_back: Option<KeptBack>,
+    /// Host: it is for a connection of the guest's own. Its end is told as soon as the guest wakes: until then the guest would
+    /// try to use it.
+    leads_out: bool,
+    /// Host: it was there at the last silence.
+    pub of_before: bool,
+}
+
+/// What the guest has said on a stream that is held: taken in when the stream goes on, forgotten with the guest otherwise.
+#[derive(Default)]
+struct KeptBack {
+    /// The answer to OPEN: whether it was OPENED.
+    answer: Option<bool>,
+    inbox: Inbox,
+    /// Of data, whether or not anybody will read it.
+    bytes: usize,
+    credit: usize,
+    fin: bool,
+    reset: bool,
 }
 
 /// Bytes that wait for the user.
@@ -133,11 +153,72 @@ impl Stream {
             fin_received: false,
             reader: None,
             writer: None,
+            kept_back: None,
+            leads_out: false,
+            of_before: false,
+        }
+    }
+
+    /// Host: RESET is to be said (once more).
+    pub fn resetting() -> Self {
+        Self { of_before: true, ..Self::new(Stage::Resetting, false) }
+    }
+
+    /// Host: from now on nothing is sent, and what comes is kept back.
+    pub fn hold(&mut self) {
+        self.of_before = true;
+        if !self.leads_out {
+            self.kept_back.get_or_insert_default();
+        }
+    }
+
+    pub fn is_held(&self) -> bool {
+        self.kept_back.is_some()
+    }
+
+    /// What was kept back has never been said.
+    pub fn forget_kept_back(&mut self) {
+        if let Some(kept) = &mut self.kept_back {
+            *kept = KeptBack::default();
+        }
+    }
+
+    /// What was kept back is heard now. The stream is held no longer. Answers how many bytes will not be sent any more.
+    pub fn take_in(&mut self, wakers: &mut Vec<Waker>) -> usize {
+        let Some(mut kept) = self.kept_back.take() else { return 0 };
+        match kept.answer {
+            Some(true) => self.opened(wakers),
+            Some(false) => self.refused(wakers),
+            None => {}
+        }
+        if self.stage == Stage::Open {
+            // Within the window: each was looked at when it came.
+            self.room -= kept.bytes.min(self.room);
+            self.credit += kept.credit;
+            while let Some(piece) = kept.inbox.pop(usize::MAX) {
+                self.inbox.push(piece);
+            }
+            self.fin_received |= kept.fin;
+            self.wake(wakers);
+        }
+        let unsent = if kept.reset { self.queued() } else { 0 };
+        if kept.reset {
+            self.abort(wakers);
+        }
+        unsent
+    }
+
+    /// Where the guest has the stream.
+    fn stage_in_guest(&self) -> Stage {
+        match (self.stage, self.kept_back.as_ref().and_then(|kept| kept.answer)) {
+            (Stage::Asked, Some(true)) => Stage::Open,
+            (Stage::Asked, Some(false)) => Stage::Refused,
+            (stage, _) => stage,
         }
     }
 
     pub fn opening(door: Door) -> Self {
-        Self::new(Stage::Unsent(door), true)
+        Self { leads_out: door == Door::Egress, ..Self::new(Stage::Unsent(door), true) }
     }
 
     pub fn connecting() -> Self {
@@ -172,6 +253,9 @@ impl Stream {
     }
 
     pub fn has_work(&self) -> bool {
+        if self.is_held() {
+            return false;
+        }
         match self.stage {
             Stage::Unsent(_) | Stage::Accepting | Stage::Refusing | Stage::Resetting => true,
             Stage::Open => !self.send.is_empty() || self.fin == Fin::Due || self.reset_when_sent || self.credit_is_due(),
@@ -181,6 +265,9 @@ impl Stream {
 
     /// Writes one turn's frames; answers how many bytes of data were taken.
     pub fn emit(&mut self, id: u32, out: &mut BytesMut) -> usize {
+        if self.is_held() {
+            return 0;
+        }
         match self.stage {
             Stage::Unsent(door) => {
                 put_open(out, id, door);
@@ -228,6 +315,17 @@ impl Stream {
         taken
     }
 
+    /// The other side has reset it. Answers how many bytes will not be sent any more.
+    pub fn receive_reset(&mut self, wakers: &mut Vec<Waker>) -> usize {
+        if let Some(kept) = &mut self.kept_back {
+            kept.reset = true;
+            return 0;
+        }
+        let unsent = self.queued();
+        self.abort(wakers);
+        unsent
+    }
+
     /// Resets it without a word to the other side. What has arrived can still be read.
     pub fn abort(&mut self, wakers: &mut Vec<Waker>) {
         self.stage = if self.stage == Stage::Refused { Stage::Refused } else { Stage::Dead };
@@ -241,6 +339,10 @@ impl Stream {
     }
 
     pub fn opened(&mut self, wakers: &mut Vec<Waker>) {
+        if let Some(kept) = &mut self.kept_back {
+            kept.answer.get_or_insert(true);
+            return;
+        }
         if self.stage == Stage::Asked {
             self.stage = Stage::Open;
             self.wake(wakers);
@@ -248,6 +350,10 @@ impl Stream {
     }
 
     pub fn refused(&mut self, wakers: &mut Vec<Waker>) {
+        if let Some(kept) = &mut self.kept_back {
+            kept.answer.get_or_insert(false);
+            return;
+        }
         if self.stage == Stage::Asked {
             self.stage = Stage::Refused;
             self.wake(wakers);
@@ -257,13 +363,23 @@ impl Stream {
     }
 
     pub fn receive(&mut self, id: u32, data: Bytes, wakers: &mut Vec<Waker>) -> Result<(), Violation> {
-        match self.stage {
+        match self.stage_in_guest() {
             Stage::Open => {}
             Stage::Resetting | Stage::Dead => return Ok(()),
             _ => return Err(Violation::Unexpected(Kind::Data)),
         }
-        if self.fin_received {
+        if self.fin_received || self.kept_back.as_ref().is_some_and(|kept| kept.fin) {
             return Err(Violation::AfterFin(id));
+        }
+        if let Some(kept) = &mut self.kept_back {
+            if kept.bytes + data.len() > self.room {
+                return Err(Violation::Window(id));
+            }
+            kept.bytes += data.len();
+            if self.held && !data.is_empty() {
+                kept.inbox.push(data);
+            }
+            return Ok(());
         }
         self.room = self.room.checked_sub(data.len()).ok_or(Violation::Window(id))?;
         if self.held && !data.is_empty() {
@@ -274,6 +390,10 @@ impl Stream {
     }
 
     pub fn credit(&mut self, id: u32, bytes: usize, wakers: &mut Vec<Waker>) -> Result<(), Violation> {
+        if let Some(kept) = &mut self.kept_back {
+            kept.credit = kept.credit.saturating_add(bytes);
+            return if self.credit.saturating_add(kept.credit) + self.send.len() > WINDOW { Err(Violation::Window(id)) } else { Ok(()) };
+        }
         if self.stage == Stage::Open {
             self.credit += bytes;
             if self.credit + self.send.len() > WINDOW {
@@ -285,6 +405,10 @@ impl Stream {
     }
 
     pub fn receive_fin(&mut self, wakers: &mut Vec<Waker>) {
+        if let Some(kept) = &mut self.kept_back {
+            kept.fin = true;
+            return;
+        }
         if self.stage == Stage::Open {
             self.fin_received = true;
             wakers.extend(self.reader.take());

@@ -138,10 +138,18 @@ impl<'a> Suite<'a> {
         }
     }
 
+    /// A restore whose streams do not go on yet; the subject is as it was.
+    async fn restore_held(&self, subject: &Subject) -> Arc<dyn Vm> {
+        let started = self.engine.restore(self.restore_spec(subject)).await.unwrap_or_else(|error| panic!("restore: {}", chain(&error)));
+        print_phases("restore", &started);
+        started.vm
+    }
+
     async fn restore(&self, subject: &mut Subject) {
         let spec = self.restore_spec(subject);
         let started = self.engine.restore(spec).await.unwrap_or_else(|error| panic!("restore: {}", chain(&error)));
         print_phases("restore", &started);
+        started.vm.release_streams();
         subject.generation = subject.generation.next();
         subject.vm = started.vm;
     }

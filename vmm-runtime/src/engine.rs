@@ -25,7 +25,8 @@ pub const NO_OUTPUT: &str = "no-output";
 /// A byte stream to `127.0.0.1:<port>` in a guest. Half-close (`shutdown`) reaches the other end as end of file.
 ///
 /// A stream that is open when its microVM is suspended is *parked*: it stays valid, and bytes written to it before the
-/// next restore wait (within its window) and are counted by [`Vm::parked_write`].
+/// next restore wait (within its window) and are counted by [`Vm::parked_write`]. After the restore it is *held*: it moves again
+/// when [`Vm::release_streams`] says so.
 pub trait ByteStream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> ByteStream for T {}
 /// A boxed [`ByteStream`].
@@ -74,7 +75,8 @@ pub struct RestoreSpec {
     pub generation: Generation,
     /// The `Vm` that this process suspended into the very snapshot, if it was this process: its parked streams go on in
     /// the restored microVM. Without it (after a restart of `serve`) the guest's ends of old streams are reset. On a
-    /// failed restore the streams stay parked there.
+    /// failed restore the streams stay parked there, and they come back there when the restored `Vm` is killed (or ends) before
+    /// its [`Vm::release_streams`].
     pub predecessor: Option<Arc<dyn Vm>>,
     /// As in [`LaunchSpec::identity`].
     pub identity: BTreeMap<String, String>,
@@ -304,9 +306,13 @@ pub trait Vm: Send + Sync + 'static {
 
     /// Freezes the app, stops the vCPUs, writes what changed, commits, ends the VMM process. Open streams are parked
     /// and belong to this `Vm` until a restore takes them over ([`RestoreSpec::predecessor`]). While `cancel` fires before the
-    /// commit, the microVM goes on as if nothing had happened. On an error it goes on as well, unless the error is
-    /// [`EngineError::Ended`].
+    /// commit, the microVM goes on as if nothing had happened, but that its streams may be held until [`Vm::release_streams`].
+    /// On an error it goes on in the same way, unless the error is [`EngineError::Ended`].
     async fn suspend(&self, cancel: CancellationToken) -> Result<SuspendOutcome, EngineError>;
+
+    /// Lets the streams of before the last suspend go on. Until then no byte of theirs reaches the app or the client, while new
+    /// ones can be dialled: so the app can be told of its wake before anything else (design §4 rule 4). Harmless at other times.
+    fn release_streams(&self);
 
     /// Ends when a parked stream (see [`ByteStream`]) has bytes from the client that wait for the guest.
     async fn parked_write(&self);

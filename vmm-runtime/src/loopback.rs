@@ -288,9 +288,12 @@ impl Engine for LoopbackEngine {
             return Err(bad(format!("it is of generation {}, and generation {} was to follow it", record.generation, spec.generation)));
         }
         let parked = spec.predecessor.as_ref().and_then(|vm| vm.as_any().downcast_ref::<LoopbackVm>()).and_then(LoopbackVm::take_parked_streams);
-        let streams = parked.unwrap_or_else(Streams::new);
-        streams.set(Flow::Flowing);
+        let (streams, from) = parked.map_or_else(|| (Streams::new(), None), |(streams, from)| (streams, Some(from)));
+        streams.set(Flow::Held);
         let vm = self.start(spec.id, &spec.dir, spec.generation, streams);
+        if let Some(from) = from {
+            vm.took(from);
+        }
         Ok(Started { vm, read_bytes: 0, phases: vec![("loopback", begun.elapsed())] })
     }
 

@@ -122,6 +122,7 @@ async fn the_connection_to_the_agent_survives_a_sleep_and_a_dead_vmm_costs_nothi
     assert_eq!(get(&vm, "vsock-open").await, "100");
     assert!(matches!(vm.suspend(CancellationToken::new()).await, Ok(SuspendOutcome::Suspended(_))));
     let vm = engine.restore(restored.clone()).await.unwrap_or_else(|error| panic!("{error}")).vm;
+    vm.release_streams();
     echo(&mut stream, b"after").await;
     // All are at their end, on both sides: none hangs.
     for other in &mut others {

@@ -108,7 +108,6 @@ pub(super) fn request(api: &Api, caller: &Caller, name: ImageName, parsed: Input
     let base_version = base(api, &parsed)?;
     let memory = memory(&parsed)?;
     let hooks = hooks::read(parsed.hooks.as_ref())?;
-    hooks::refuse_uncalled(hooks)?;
     if let Some(other) = parsed.cpu_configurations.iter().flatten().find(|cpu| cpu.architecture != ARCHITECTURE) {
         return Err(ApiError::validation(format!(
             "cpuConfigurations: this node builds {ARCHITECTURE} images and not {}; leave the member out or ask for {ARCHITECTURE}",

@@ -43,18 +43,6 @@ pub(super) fn read(input: Option<&Value>) -> Result<Option<Hooks>, ApiError> {
     Ok(Some(hooks))
 }
 
-/// A hook that is enabled and never called would break the app that waits for it.
-const NOT_CALLED: [Hook; 4] = [Hook::Run, Hook::Resume, Hook::Suspend, Hook::Terminate];
-
-/// Refuses hooks that this node does not call yet.
-pub(super) fn refuse_uncalled(hooks: Option<Hooks>) -> Result<(), ApiError> {
-    let uncalled = |hook: &&Hook| hooks.is_some_and(|hooks| hooks.timeout(**hook).is_some());
-    match NOT_CALLED.iter().find(uncalled) {
-        Some(hook) => Err(ApiError::validation(format!("This node does not call hooks.{}.{} yet; set it to DISABLED", group(*hook), hook.name()))),
-        None => Ok(()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use serde_json::json;

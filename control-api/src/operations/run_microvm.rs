@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use idle_controller::{ControllerError, RunSpec};
 use image_builder::{ImageRecord, Lease, NotRunnable};
-use model::{IdlePolicy, ImageVersion, MAX_DURATION, rights::EXECUTION_ROLE};
+use model::{Hook, IdlePolicy, ImageVersion, MAX_DURATION, RunPayload, rights::EXECUTION_ROLE};
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -20,6 +20,9 @@ use crate::{
     extras::log_names,
     reply::{Answer, ApiError, ErrorKind},
 };
+
+/// Of the whole text, measured at AWS.
+const MAX_RUN_PAYLOAD_BYTES: usize = 4096;
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -67,12 +70,10 @@ async fn run(api: &Api, caller: &Caller, input: Input) -> Result<Answer, ApiErro
     if logs && input.execution_role_arn.is_none() {
         return Err(ApiError::validation("Logging cannot be enabled without providing executionRoleArn"));
     }
-    if input.run_hook_payload.is_some_and(|payload| !payload.is_empty()) {
-        return Err(ApiError::validation("runHookPayload was given, but the run hook must be enabled in the MicroVM image to receive it"));
-    }
     // Held until the controller shows the new microVM: until then nothing else keeps its image from being deleted.
     let lease = image(api, &input.image_identifier, input.image_version.as_deref())?;
     let image = lease.record();
+    let run_payload = run_payload(image, input.run_hook_payload)?;
     // Held until the controller shows the microVM, which then is in the sum.
     let _memory = api.memory.admit(api, image.memory.mib())?;
     let remembered = Remembered {
@@ -90,6 +91,8 @@ async fn run(api: &Api, caller: &Caller, input: Input) -> Result<Answer, ApiErro
         identity: identity(api, image, remembered.execution_role_arn.as_deref()),
         size: image.memory,
         egress: api.place.egress(&remembered.egress_network_connectors),
+        hooks: image.hooks,
+        run_payload,
         image: image.name.clone(),
         version: image.version,
         image_dir: lease.snapshot_dir(),
@@ -113,6 +116,21 @@ fn identity(api: &Api, image: &ImageRecord, role: Option<&str>) -> BTreeMap<Stri
     let mut identity = super::create_image::identity(api, &image.name, image.version);
     identity.extend(role.map(|arn| (EXECUTION_ROLE.to_owned(), arn.to_owned())));
     identity
+}
+
+/// What the run hook is sent. It is neither remembered nor shown by the API.
+fn run_payload(image: &ImageRecord, payload: Option<String>) -> Result<Option<RunPayload>, ApiError> {
+    let Some(payload) = payload.filter(|payload| !payload.is_empty()) else { return Ok(None) };
+    if image.hooks.is_none_or(|hooks| hooks.timeout(Hook::Run).is_none()) {
+        return Err(ApiError::validation("runHookPayload was given, but the run hook must be enabled in the MicroVM image to receive it"));
+    }
+    // The model counts characters, the limit is of bytes (aws-behaviour §4).
+    if payload.len() > MAX_RUN_PAYLOAD_BYTES {
+        return Err(ApiError::validation(format!(
+            "1 validation error detected: Value at 'runHookPayload' failed to satisfy constraint: Member must have length less than or equal to {MAX_RUN_PAYLOAD_BYTES}"
+        )));
+    }
+    Ok(Some(RunPayload(payload)))
 }
 
 /// The version to run: the one asked for, or the newest that can be run.

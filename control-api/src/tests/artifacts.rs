@@ -178,7 +178,7 @@ async fn image_requests_are_refused_in_the_words_of_aws() {
         ("baseImageArn", json!("arn:aws:lambda:us-east-1:aws:microvm-image:al1"), "No managed MicroVM Image with arn arn:aws:lambda:us-east-1:aws:microvm-image:al1"),
         ("baseImageVersion", json!("999"), "and version 999 is available"),
         ("resources", json!([{"minimumMemoryInMiB": 100}]), "The requested memory size of 100 MiB is not supported by base MicroVM image arn:aws:lambda:us-east-1:aws:microvm-image:al2023-1. Supported memory sizes in MiB are: [512, 1024, 2048, 4096, 8192]."),
-        ("hooks", json!({"port": 9000, "microvmHooks": {"run": "ENABLED"}, "microvmImageHooks": {"ready": "ENABLED"}}), "hooks.microvmHooks.run"),
+        ("hooks", json!({"port": 9000, "microvmHooks": {"run": "ENABLED"}}), "hooks.microvmHooks.run is enabled, so the ready hook must be enabled too"),
         ("hooks", json!({"microvmImageHooks": {"ready": "ENABLED"}}), "hooks.port is required"),
         ("cpuConfigurations", json!([{"architecture": "ARM_64"}]), "cpuConfigurations"),
         ("egressNetworkConnectors", json!(["INTERNET_EGRESS"]), "Malformed network connector ARN"),

@@ -104,6 +104,7 @@ impl Bench {
             max_waiting_per_microvm: 100,
             keep_terminated: Duration::from_secs(3_600),
             max_microvms: 30,
+            suspend_hook_failure: Default::default(),
         };
         let controller = Controller::open(limits, Arc::new(engine.clone()), Arc::new(SystemClock), &metrics).await.unwrap();
         let clock = ShiftedClock::default();

@@ -106,6 +106,9 @@ impl Vm for EagerVm {
     async fn suspend(&self, cancel: CancellationToken) -> Result<SuspendOutcome, EngineError> {
         self.0.suspend(cancel).await
     }
+    fn release_streams(&self) {
+        self.0.release_streams();
+    }
     async fn parked_write(&self) {
         self.0.parked_write().await;
     }

@@ -146,6 +146,7 @@ impl Machine {
         if let Err(error) = self.link.attach(stream, how, LIMIT).await {
             panic!("{error}; console: {}", self.console());
         }
+        self.link.release_streams();
     }
 
     /// Another host takes over, as after a restart of `serve`.

@@ -69,6 +69,7 @@ async fn an_app_runs_as_root_sleeps_and_ends() {
         guest.link.quiesce(LIMIT).await.unwrap();
         eprintln!("quiesced in {:?}", since.elapsed());
         guest.link.unquiesce(LIMIT).await.unwrap();
+        guest.link.release_streams();
         assert_eq!(guest.ask("pid").await, "1");
     }
 

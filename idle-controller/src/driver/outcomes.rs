@@ -9,7 +9,7 @@ use super::{Driver, Wake};
 use crate::{
     machine::{Event, Inspection, Phase},
     metrics::{StartOutcome, SuspendEnd},
-    operations::{Kind, Operation, Outcome},
+    operations::{Kind, Operation, OperationError, Outcome},
 };
 
 impl Driver {
@@ -48,17 +48,20 @@ impl Driver {
         }
     }
 
-    async fn start_failed(&mut self, kind: Kind, queued: Duration, error: EngineError) {
+    async fn start_failed(&mut self, kind: Kind, queued: Duration, error: OperationError) {
         let launch = kind == Kind::Launch;
         let own = self.node.microvm_dir(self.seat.id);
         tracing::warn!(microvm.id = %self.seat.id, launch, error = chain(&error), "a start failed");
         let (outcome, event) = match error {
-            EngineError::Ended { exit: exit @ Exit::App { .. }, .. } if launch => (StartOutcome::Failed, Event::Exited { exit }),
+            OperationError::Hook(failed) => (StartOutcome::Failed, Event::HookFailed { reason: failed.to_string() }),
+            OperationError::Engine(EngineError::Ended { exit: exit @ Exit::App { .. }, .. }) if launch => {
+                (StartOutcome::Failed, Event::Exited { exit })
+            }
             // Only what belongs to this microVM alone is its end. An image that cannot be used now may be put back.
-            EngineError::BadSnapshot { dir, why } if !launch && dir.starts_with(&own) => {
+            OperationError::Engine(EngineError::BadSnapshot { dir, why }) if !launch && dir.starts_with(&own) => {
                 (StartOutcome::Damaged, Event::SnapshotDamaged { why })
             }
-            error => (StartOutcome::Failed, Event::StartFailed { reason: chain(&error) }),
+            OperationError::Engine(error) => (StartOutcome::Failed, Event::StartFailed { reason: chain(&error) }),
         };
         if let Some(wake) = self.wake.take() {
             self.failed = wake.failed(queued, self.node.clock.now());
@@ -76,7 +79,7 @@ impl Driver {
         }
     }
 
-    async fn suspend_ended(&mut self, began: Instant, result: Result<SuspendOutcome, EngineError>) {
+    async fn suspend_ended(&mut self, began: Instant, result: Result<SuspendOutcome, OperationError>) {
         let now = self.node.clock.now();
         let took = now.saturating_duration_since(began);
         let (end, event) = match result {
@@ -95,8 +98,9 @@ impl Driver {
                 (SuspendEnd::Suspended, Event::Suspended)
             }
             Ok(SuspendOutcome::TakenBack) => (SuspendEnd::TakenBack, Event::TakenBack),
-            Err(EngineError::Ended { exit, .. }) => (SuspendEnd::Ended, Event::Exited { exit }),
-            Err(error) => {
+            Err(OperationError::Engine(EngineError::Ended { exit, .. })) => (SuspendEnd::Ended, Event::Exited { exit }),
+            Err(OperationError::Hook(failed)) => (SuspendEnd::Failed, Event::HookFailed { reason: failed.to_string() }),
+            Err(OperationError::Engine(error)) => {
                 tracing::warn!(microvm.id = %self.seat.id, error = chain(&error), "a suspend failed; the microVM runs on");
                 (SuspendEnd::Failed, Event::SuspendFailed { reason: chain(&error) })
             }

@@ -84,8 +84,11 @@ impl Driver {
             }
             _ => Duration::ZERO,
         };
+        // Whatever follows PENDING, its hook has answered or is not heard any more: what it was sent is a secret to forget.
+        let run_due = if state == SavedState::Pending { before.run_due.clone() } else { None };
         Record {
             generation: machine.generation(),
+            run_due,
             state,
             saved_at: wall,
             lived: policy.max_duration.saturating_sub(policy.ends_at.saturating_duration_since(now)),

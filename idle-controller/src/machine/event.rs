@@ -31,6 +31,11 @@ pub(crate) enum Event {
         /// For people.
         reason: String,
     },
+    /// The app's hook did not agree to the launch, the restore or the suspend, which is undone.
+    HookFailed {
+        /// In AWS's words.
+        reason: String,
+    },
     /// The restore found the microVM's own snapshot unusable, and always will.
     SnapshotDamaged {
         /// What is wrong with it.
@@ -71,6 +76,7 @@ impl Event {
             Self::TerminateAsked => "terminate_asked",
             Self::Started => "started",
             Self::StartFailed { .. } => "start_failed",
+            Self::HookFailed { .. } => "hook_failed",
             Self::SnapshotDamaged { .. } => "snapshot_damaged",
             Self::Suspended => "suspended",
             Self::TakenBack => "taken_back",
@@ -94,13 +100,13 @@ pub(crate) enum Inspection {
 /// What to do. Each effect that starts an operation is answered by one event.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Effect {
-    /// Clone it from its image → `Started`, `StartFailed`.
+    /// Clone it from its image, and tell the app → `Started`, `StartFailed`, `HookFailed`.
     Launch,
-    /// Suspend it → `Suspended`, `TakenBack`, `SuspendFailed`, `Exited`.
+    /// Tell the app, and suspend it → `Suspended`, `TakenBack`, `SuspendFailed`, `HookFailed`, `Exited`.
     Suspend,
     /// Tell the suspend in flight to undo itself if it still can. Its outcome says whether it did.
     TakeBack,
-    /// Restore it from its snapshot → `Started`, `StartFailed`, `SnapshotDamaged`.
+    /// Restore it from its snapshot, and tell the app → `Started`, `StartFailed`, `HookFailed`, `SnapshotDamaged`.
     Restore,
     /// Look for a committed snapshot → `Inspected`.
     Inspect,

@@ -131,6 +131,9 @@ pub(crate) enum EndReason {
     /// It never ran.
     #[error("The MicroVM could not be launched: {0}")]
     LaunchFailed(String),
+    /// Its app did not agree to run (or, if that is so configured, to be suspended): AWS's words (aws-behaviour §3.5).
+    #[error("{0}")]
+    HookFailed(String),
     /// Its VMM died and there was no snapshot.
     #[error("The MicroVM was lost and has no snapshot: {0}")]
     Lost(String),
@@ -148,14 +151,15 @@ impl EndReason {
             Self::SuspendedDuration(_) => "suspended_duration",
             Self::AppExited(_) => "app_exited",
             Self::LaunchFailed(_) => "launch_failed",
+            Self::HookFailed(_) => "hook_failed",
             Self::Lost(_) => "lost",
             Self::Damaged(_) => "damaged",
         }
     }
 
     /// All labels, so that a metric can show zeros.
-    pub(crate) const LABELS: [&'static str; 7] =
-        ["asked", "max_duration", "suspended_duration", "app_exited", "launch_failed", "lost", "damaged"];
+    pub(crate) const LABELS: [&'static str; 8] =
+        ["asked", "max_duration", "suspended_duration", "app_exited", "launch_failed", "hook_failed", "lost", "damaged"];
 }
 
 impl Phase {

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use model::{Generation, IdlePolicy};
+use model::{Generation, IdlePolicy, SuspendHookFailure};
 use vmm_runtime::engine::Exit;
 
 use super::{
@@ -29,6 +29,8 @@ pub(crate) struct Policy {
     pub(crate) ends_at: Instant,
     /// How long a terminated microVM stays readable.
     pub(crate) keep_terminated: Duration,
+    /// What the app's no to a suspend means.
+    pub(crate) suspend_hook_failure: SuspendHookFailure,
 }
 
 /// Longer than any node lives; what is longer still is taken as this, so that every point in time can be computed.
@@ -38,7 +40,8 @@ impl Policy {
     /// The policy of a microVM that has `left` of its maximum duration.
     pub(crate) fn new(idle: Option<IdlePolicy>, max_duration: Duration, left: Duration, keep_terminated: Duration, now: Instant) -> Self {
         let idle = idle.map(|idle| IdlePolicy { max_idle: idle.max_idle.min(FOREVER), suspended: idle.suspended.min(FOREVER), ..idle });
-        Self { idle, max_duration, ends_at: now + left.min(FOREVER), keep_terminated: keep_terminated.min(FOREVER) }
+        let (ends_at, keep_terminated) = (now + left.min(FOREVER), keep_terminated.min(FOREVER));
+        Self { idle, max_duration, ends_at, keep_terminated, suspend_hook_failure: SuspendHookFailure::Keep }
     }
 
     /// Whether traffic may wake it. Without an idle policy nobody asked for that, so it may not.
@@ -191,6 +194,11 @@ impl Machine {
                 effects.insert(0, Do::Fail(Refused::StartFailed { reason }));
                 (phase, effects)
             }
+            (In::Launching { .. }, On::HookFailed { reason }) => {
+                let (phase, mut effects) = end(EndReason::HookFailed(reason.clone()));
+                effects.insert(0, Do::Fail(Refused::StartFailed { reason }));
+                (phase, effects)
+            }
             (In::Launching { .. }, On::Exited { exit: Exit::App { code } }) => {
                 let reason = EndReason::AppExited(code);
                 let answer = Refused::StartFailed { reason: reason.to_string() };
@@ -198,7 +206,7 @@ impl Machine {
                 effects.insert(0, Do::Fail(answer));
                 (phase, effects)
             }
-            (In::Waking { until, failures, .. }, On::StartFailed { reason }) => {
+            (In::Waking { until, failures, .. }, On::StartFailed { reason } | On::HookFailed { reason }) => {
                 // The snapshot is kept: the next request tries again (design §3).
                 let failures = failures.saturating_add(1);
                 let trouble = Trouble { reason: reason.clone(), failures, retry_at: now + backoff(PARKED_BACKOFF, failures) };
@@ -222,11 +230,25 @@ impl Machine {
             (In::TakingBack { next, .. }, On::TakenBack) => awake(policy, *next, now),
             // It has undone itself without having been told to: harmless.
             (In::Suspending { .. }, On::TakenBack) => (running(policy, now), vec![]),
-            (In::Suspending { failures, .. }, On::SuspendFailed { reason }) => (running_after_failure(policy, *failures, reason, now), vec![]),
-            (In::TakingBack { next, failures, .. }, On::SuspendFailed { reason }) => match next {
-                AfterStart::Serve => (running_after_failure(policy, *failures, reason, now), vec![Do::Release]),
-                AfterStart::Suspend => awake(policy, *next, now),
-            },
+            (In::Suspending { .. } | In::TakingBack { .. }, On::HookFailed { reason })
+                if policy.suspend_hook_failure == SuspendHookFailure::Terminate =>
+            {
+                end(EndReason::HookFailed(reason))
+            }
+            (In::Suspending { failures, .. }, On::SuspendFailed { reason }) => {
+                (running_after_failure(policy, *failures, not_suspended(&reason), now), vec![])
+            }
+            // AWS's words stand for themselves.
+            (In::Suspending { failures, .. }, On::HookFailed { reason }) => (running_after_failure(policy, *failures, reason, now), vec![]),
+            (In::TakingBack { next: AfterStart::Serve, failures, .. }, On::SuspendFailed { reason }) => {
+                (running_after_failure(policy, *failures, not_suspended(&reason), now), vec![Do::Release])
+            }
+            (In::TakingBack { next: AfterStart::Serve, failures, .. }, On::HookFailed { reason }) => {
+                (running_after_failure(policy, *failures, reason, now), vec![Do::Release])
+            }
+            (In::TakingBack { next: AfterStart::Suspend, .. }, On::SuspendFailed { .. } | On::HookFailed { .. }) => {
+                awake(policy, AfterStart::Suspend, now)
+            }
             (In::Running { .. } | In::Suspending { .. } | In::TakingBack { .. }, On::Exited { exit: Exit::App { code } }) => {
                 end(EndReason::AppExited(code))
             }
@@ -339,6 +361,7 @@ impl Machine {
                 In::Running { .. },
                 On::Started
                 | On::StartFailed { .. }
+                | On::HookFailed { .. }
                 | On::SnapshotDamaged { .. }
                 | On::Suspended
                 | On::TakenBack
@@ -354,6 +377,7 @@ impl Machine {
                 In::Fallen { .. } | In::Suspended { .. },
                 On::Started
                 | On::StartFailed { .. }
+                | On::HookFailed { .. }
                 | On::SnapshotDamaged { .. }
                 | On::Suspended
                 | On::TakenBack
@@ -404,8 +428,12 @@ fn running_after_failure(policy: &Policy, failures: u32, reason: String, now: In
     let wait = backoff(policy.idle.map_or(LONGEST_BACKOFF, |idle| idle.max_idle), failures);
     Phase::Running {
         idle_at: policy.idle.map(|_| now + wait),
-        trouble: Some(Trouble { reason: format!("could not be suspended: {reason}"), failures, retry_at: now + wait }),
+        trouble: Some(Trouble { reason, failures, retry_at: now + wait }),
     }
+}
+
+fn not_suspended(reason: &str) -> String {
+    format!("could not be suspended: {reason}")
 }
 
 fn asleep(policy: &Policy, trouble: Option<Trouble>, now: Instant) -> Phase {

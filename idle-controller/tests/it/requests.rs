@@ -181,7 +181,8 @@ fn soon() -> Instant {
 async fn a_byte_on_a_parked_stream_wakes_it_and_is_answered() {
     let node = Node::start().await;
     let port = echo(&node).await;
-    let handle = node.run(RunSpec { idle: Some(idle(Duration::from_millis(30), HOUR)), ..spec() }).await;
+    // Long enough for an echo on a busy machine: one that is caught by the next sleep is a reply that nobody waits for.
+    let handle = node.run(RunSpec { idle: Some(idle(Duration::from_millis(500), HOUR)), ..spec() }).await;
     let awake = handle.awake(soon()).await.unwrap();
     let mut stream = awake.dial(port).await.unwrap();
     awake.streaming();
@@ -189,7 +190,7 @@ async fn a_byte_on_a_parked_stream_wakes_it_and_is_answered() {
         reaches_within(REAL_CEILING, &handle, MicrovmState::Suspended).await;
         stream.write_all(b"x").await.unwrap();
         assert_eq!(stream.read_u8().await.unwrap(), b'x');
-        // The stream flows as soon as the engine lets it; the view follows when it is durable.
+        // The stream flows once the wake is durable, and the view says so.
         let woken = tokio::time::timeout(REAL_CEILING, handle.wait_until(|view| view.generation == Generation(round))).await;
         assert_eq!(woken.expect("it wakes").generation, Generation(round));
     }

@@ -71,6 +71,7 @@ impl Node {
             max_waiting_per_microvm: 1000,
             keep_terminated: 24 * HOUR,
             max_microvms: 100,
+            suspend_hook_failure: Default::default(),
         };
         change(&mut config);
         let (engine, clock) = (LoopbackEngine::new(), TestClock::new());
@@ -172,6 +173,8 @@ pub fn spec() -> RunSpec {
         max_duration: 8 * HOUR,
         identity: BTreeMap::new(),
         egress: Default::default(),
+        hooks: None,
+        run_payload: None,
         request: serde_json::json!({"clientToken": "t-1"}),
         size: model::MemorySize::DEFAULT,
         keep_output: true,

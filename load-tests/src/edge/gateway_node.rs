@@ -52,6 +52,7 @@ async fn serve(dir: &Path, settings: &serde_json::Value) -> Result<()> {
             max_waiting_per_microvm: 100,
             keep_terminated: Duration::from_secs(600),
             max_microvms: 10,
+            suspend_hook_failure: Default::default(),
         },
         Arc::new(engine),
         Arc::new(SystemClock),
@@ -67,6 +68,8 @@ async fn serve(dir: &Path, settings: &serde_json::Value) -> Result<()> {
         max_duration: hour,
         identity: BTreeMap::new(),
         egress: Default::default(),
+        hooks: None,
+        run_payload: None,
         request: serde_json::Value::Null,
         size: model::MemorySize::DEFAULT,
         keep_output: true,
@@ -169,6 +172,8 @@ impl Vm for Direct {
     async fn suspend(&self, _cancel: CancellationToken) -> Result<SuspendOutcome, EngineError> {
         never("suspend")
     }
+
+    fn release_streams(&self) {}
 
     async fn parked_write(&self) {
         std::future::pending().await

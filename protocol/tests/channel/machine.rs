@@ -148,7 +148,14 @@ impl Machine {
         host
     }
 
+    /// Streams go on at once.
     pub async fn attach(&mut self, link: &Arc<AgentLink>, how: Attach) -> Result<(), LinkError> {
+        self.attach_holding(link, how).await?;
+        link.release_streams();
+        Ok(())
+    }
+
+    pub async fn attach_holding(&mut self, link: &Arc<AgentLink>, how: Attach) -> Result<(), LinkError> {
         let transport = self.plug().await;
         link.attach(transport, how, LIMIT).await
     }

@@ -2,6 +2,7 @@
 
 mod adopt;
 mod calls;
+mod hold;
 mod machine;
 mod sleep;
 mod streams;

@@ -20,6 +20,7 @@ async fn a_quiesce_freezes_and_an_unquiesce_thaws() {
     assert!(matches!(link.call(Request::Stats, LIMIT).await, Err(LinkError::Closed)));
     assert!(matches!(link.quiesce(LIMIT).await, Err(LinkError::Closed)));
     link.unquiesce(LIMIT).await.unwrap();
+    link.release_streams();
     assert!(!machine.guest.frozen.load(Ordering::SeqCst));
     stream.write_all(b"on").await.unwrap();
     soon("the echo", stream.read_exact(&mut [0; 2])).await.unwrap();
@@ -69,6 +70,7 @@ async fn busy_streams_survive_sleeps_byte_for_byte() {
                 sleeps += 1;
                 if sleeps % 3 == 0 {
                     link.unquiesce(LIMIT).await.unwrap();
+                    link.release_streams();
                 } else {
                     link.detach();
                     machine.attach(&link, restored()).await.unwrap();
@@ -180,6 +182,7 @@ async fn a_quiesce_without_an_answer_leaves_everything_as_it_was() {
     machine.guest.freeze_hangs.store(true, Ordering::SeqCst);
     let limit = Duration::from_secs(1);
     assert!(matches!(link.quiesce(limit).await, Err(LinkError::Timeout(_))));
+    link.release_streams();
     stream.write_all(b"kept").await.unwrap();
     not_yet("parked_write after a quiesce that failed", link.parked_write()).await;
     assert_eq!(link.streams(), 1);
@@ -194,6 +197,7 @@ async fn a_quiesce_that_the_agent_refuses_or_the_host_drops_leaves_everything_as
     assert!(matches!(&refused, Err(LinkError::Agent(why)) if why == "the freezer is broken"), "{refused:?}");
     machine.guest.freeze_fails.store(false, Ordering::SeqCst);
     not_yet_and_dropped(link.quiesce(LIMIT)).await;
+    link.release_streams();
     stream.write_all(b"on").await.unwrap();
     soon("the echo", stream.read_exact(&mut [0; 2])).await.unwrap();
     assert!(!machine.guest.frozen.load(Ordering::SeqCst));

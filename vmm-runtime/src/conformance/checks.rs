@@ -19,6 +19,9 @@ use super::{
 };
 use crate::engine::{DialError, EngineError, Exit, RestoreSpec, SuspendOutcome, Vm};
 
+/// Long enough for a byte to come that must not.
+const QUIET: Duration = Duration::from_millis(200);
+
 type Check = for<'a> fn(&'a Suite<'a>) -> BoxFuture<'a, ()>;
 
 /// Name, what it needs, and the check.
@@ -29,6 +32,8 @@ pub const ALL: &[(&str, Guests, Check)] = &[
     ("a_shell_is_no_port_and_speaks_websocket", Guests::Real, |suite| Box::pin(shell(suite))),
     ("memory_survives_a_sleep", Guests::Real, |suite| Box::pin(memory_survives(suite))),
     ("a_parked_stream_loses_no_byte", Guests::Shared, |suite| Box::pin(parked_stream(suite))),
+    ("streams_are_held_until_they_are_released", Guests::Shared, |suite| Box::pin(held_streams(suite))),
+    ("a_restored_microvm_can_be_thrown_away_with_its_streams_kept", Guests::Real, |suite| Box::pin(thrown_away(suite))),
     ("without_its_predecessor_a_stream_ends", Guests::Shared, |suite| Box::pin(orphaned_stream(suite))),
     ("a_suspend_is_taken_back", Guests::Shared, |suite| Box::pin(taken_back(suite))),
     ("a_suspend_that_is_given_up_is_taken_back", Guests::Shared, |suite| Box::pin(given_up(suite))),
@@ -155,6 +160,58 @@ async fn parked_stream(suite: &Suite<'_>) {
     within("reset", stream.read(&mut rest)).await.expect_err("the end of the microVM is no orderly end of the stream");
 }
 
+async fn held_streams(suite: &Suite<'_>) {
+    let mut subject = suite.launch().await;
+    let mut stream = subject.vm.dial(ECHO).await.expect("the app listens");
+    echo(&mut stream, 0, 1000).await;
+    // Held after a restore.
+    suspend(&subject).await;
+    stream.write_all(&pattern(1000, 1000)).await.expect("a parked stream takes what fits in its window");
+    subject.vm = suite.restore_held(&subject).await;
+    subject.generation = subject.generation.next();
+    let mut fresh = subject.vm.dial(ECHO).await.expect("new streams can be had");
+    echo(&mut fresh, 0, 1000).await;
+    let mut received = vec![0; 1000];
+    assert!(tokio::time::timeout(QUIET, stream.read(&mut received)).await.is_err(), "a byte passed before its stream was released");
+    subject.vm.release_streams();
+    within("parked bytes", stream.read_exact(&mut received)).await.expect("the stream goes on");
+    assert!(received == pattern(1000, 1000));
+    echo(&mut fresh, 1000, 1000).await;
+
+    // After a suspend that was taken back they may be; after the release they are not.
+    let cancel = CancellationToken::new();
+    cancel.cancel();
+    assert!(matches!(within("suspend", subject.vm.suspend(cancel)).await, Ok(SuspendOutcome::TakenBack)));
+    echo(&mut subject.vm.dial(ECHO).await.expect("new streams can be had"), 0, 1000).await;
+    subject.vm.release_streams();
+    echo(&mut stream, 2000, 1000).await;
+    end(subject).await;
+}
+
+async fn thrown_away(suite: &Suite<'_>) {
+    let mut subject = suite.launch().await;
+    let mut stream = subject.vm.dial(ECHO).await.expect("the app listens");
+    assert_eq!(get(&*subject.vm, "/count").await, "2");
+    echo(&mut stream, 0, 1000).await;
+    // Under way when the sleep begins: the guest will say some of it again in every restore.
+    stream.write_all(&pattern(1000, 60_000)).await.expect("the stream is open");
+    suspend(&subject).await;
+    stream.write_all(&pattern(61_000, 1000)).await.expect("a parked stream takes what fits in its window");
+    for _ in 0..2 {
+        let attempt = suite.restore_held(&subject).await;
+        assert_eq!(get(&*attempt, "/count").await, "3", "each begins where the snapshot was taken");
+        within("kill", attempt.kill()).await;
+        within("parked_write", subject.vm.parked_write()).await;
+    }
+    suite.restore(&mut subject).await;
+    let mut received = vec![0; 61_000];
+    within("parked bytes", stream.read_exact(&mut received)).await.expect("the stream goes on");
+    assert!(received == pattern(1000, 61_000), "bytes were lost, doubled or changed");
+    echo(&mut stream, 62_000, 1000).await;
+    assert_eq!(get(&*subject.vm, "/count").await, "3");
+    end(subject).await;
+}
+
 async fn orphaned_stream(suite: &Suite<'_>) {
     let mut subject = suite.launch().await;
     let mut stream = subject.vm.dial(ECHO).await.expect("the app listens");
@@ -187,7 +244,10 @@ async fn taken_back(suite: &Suite<'_>) {
         };
         let (outcome, ()) = tokio::join!(subject.vm.suspend(cancel.clone()), cancelling);
         match outcome {
-            Ok(SuspendOutcome::TakenBack) => taken_back += 1,
+            Ok(SuspendOutcome::TakenBack) => {
+                taken_back += 1;
+                subject.vm.release_streams();
+            }
             Ok(SuspendOutcome::Suspended(_)) => suite.restore(&mut subject).await,
             Err(error) => panic!("suspend: {}", chain(&error)),
         }
@@ -208,6 +268,14 @@ async fn given_up(suite: &Suite<'_>) {
         assert!(futures::poll!(&mut suspending).is_pending() || suite.bench.guests() == Guests::Shared);
     }
     if suite.bench.guests() == Guests::Real {
+        // The suspend undoes itself behind the back of whom gave it up.
+        let undone = async {
+            while subject.vm.dial(ECHO).await.is_err() {
+                tokio::task::yield_now().await;
+            }
+        };
+        within("the suspend's end", undone).await;
+        subject.vm.release_streams();
         echo(&mut stream, 0, 10_000).await;
         assert_eq!(suite.engine.committed(subject.dir.clone()).await.expect("nothing is damaged"), None);
     }

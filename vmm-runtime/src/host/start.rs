@@ -8,7 +8,7 @@ use std::{
     fs::{self, File},
     io::{self, Read},
     path::Path,
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     time::{Duration, SystemTime},
 };
 
@@ -125,7 +125,7 @@ struct Clone<'a, B: Backend> {
     state: Vec<u8>,
     difference: Option<Reader<File>>,
     link: Arc<AgentLink>,
-    predecessor: Option<&'a Core<B>>,
+    predecessor: Option<Arc<Core<B>>>,
 }
 
 /// See `Engine::launch`.
@@ -190,14 +190,11 @@ pub(super) async fn restore<B: Backend>(shared: &Arc<Shared<B>>, spec: RestoreSp
         state: opened.state,
         difference: Some(opened.difference),
         link,
-        predecessor: predecessor.map(|core| &**core),
+        predecessor: predecessor.cloned(),
     };
     let started = clone.start(&mut watch).await;
     shared.pool.refill(&image);
     let vm = started?;
-    if let Some(core) = predecessor {
-        core.handed_over.store(true, std::sync::atomic::Ordering::Release);
-    }
     // The snapshot has proved itself; older ones, and layers that only they name, are not needed any more.
     let (dir, generation) = (spec.dir, spec.generation);
     tokio::task::spawn_blocking(move || {
@@ -244,7 +241,7 @@ impl<B: Backend> Clone<'_, B> {
             layers: &layers,
             state: &self.state,
             difference: self.difference,
-            predecessor: self.predecessor.map(|core| &core.vmm),
+            predecessor: self.predecessor.as_ref().map(|core| &core.vmm),
         };
         backend.load(process.get(), &vmm, saved, watch).await?;
         backend.run(process.get(), &vmm).await?;
@@ -253,7 +250,12 @@ impl<B: Backend> Clone<'_, B> {
         attach(backend, process.get(), &vmm, &self.link, how, limits.attach, "answer after the restore").await?;
         record::write(self.id, self.dir, &record(Stage::Running, &identity)).map_err(recording)?;
         let kind = Kind::Microvm { id: self.id, generation: self.generation, image: self.image, layers: tokio::sync::Mutex::new(layers) };
-        let vm = ProcessVm::new(Core::new(self.shared, kind, self.dir.to_owned(), process.keep(), vmm, self.link).lead_out(self.egress));
+        let core = Core::new(self.shared, kind, self.dir.to_owned(), process.keep(), vmm, self.link).lead_out(self.egress);
+        if let Some(before) = self.predecessor {
+            before.handed_over.store(true, Ordering::Release);
+            *core.predecessor.lock() = Some(before);
+        }
+        let vm = ProcessVm::new(core);
         watch.lap("agent");
         Ok(vm)
     }

@@ -61,8 +61,10 @@ pub(super) struct Core<B: Backend> {
     pub vmm: B::Vmm,
     pub link: Arc<AgentLink>,
     pub life: watch::Sender<Life>,
-    /// The link goes on in a restored microVM and is no business of this one any more.
+    /// The link goes on in a restored microVM and is no business of this one any more; or it has gone back.
     pub handed_over: AtomicBool,
+    /// Who gets the link back if this one ends before its streams have gone on.
+    pub predecessor: Mutex<Option<Arc<Self>>>,
     /// One suspend or capture at a time.
     pub operation: tokio::sync::Mutex<()>,
     /// The way out of the guest, while it has one.
@@ -85,6 +87,7 @@ impl<B: Backend> Core<B> {
             link,
             life: watch::Sender::new(Life::Running),
             handed_over: false.into(),
+            predecessor: Mutex::default(),
             operation: tokio::sync::Mutex::new(()),
             egress: Mutex::default(),
             traffic: Arc::default(),
@@ -139,6 +142,22 @@ impl<B: Backend> Core<B> {
             tracing::error!(pid = self.process.pid(), ?limit, "what a killed VMM process has started does not end");
         }
         self.forget_process();
+    }
+
+    /// The link is no business of this process any more: its streams end, or are parked again where they came from if they
+    /// have not moved here.
+    fn let_go_of_link(&self) {
+        if self.handed_over.load(Ordering::Acquire) {
+            return;
+        }
+        let before = self.predecessor.lock().take();
+        match before {
+            Some(before) if self.link.park_again() => {
+                self.handed_over.store(true, Ordering::Release);
+                before.handed_over.store(false, Ordering::Release);
+            }
+            _ => self.link.close(),
+        }
     }
 
     /// The newest lines of the serial console, or nothing.
@@ -200,7 +219,7 @@ impl<B: Backend> Core<B> {
             *self.egress.lock() = None;
             tracing::info!(dir = %self.dir.display(), ?exit, "a microVM ended by itself");
             if vmm_is_useless {
-                self.link.close();
+                self.let_go_of_link();
                 self.end_process().await;
             }
         }
@@ -301,9 +320,7 @@ impl<B: Backend> ProcessVm<B> {
 impl<B: Backend> Drop for ProcessVm<B> {
     fn drop(&mut self) {
         // The channel's tasks would keep it connected, and whoever adopts the process could not connect.
-        if !self.core.handed_over.load(Ordering::Acquire) {
-            self.core.link.close();
-        }
+        self.core.let_go_of_link();
     }
 }
 
@@ -361,6 +378,13 @@ impl<B: Backend> Vm for ProcessVm<B> {
         }
     }
 
+    fn release_streams(&self) {
+        if *self.core.life.borrow() == Life::Running {
+            self.core.predecessor.lock().take();
+            self.core.link.release_streams();
+        }
+    }
+
     async fn parked_write(&self) {
         self.core.link.parked_write().await;
         if self.core.handed_over.load(Ordering::Acquire) {
@@ -374,9 +398,7 @@ impl<B: Backend> Vm for ProcessVm<B> {
         if had_process {
             self.core.end_process().await;
         }
-        if !self.core.handed_over.load(Ordering::Acquire) {
-            self.core.link.close();
-        }
+        self.core.let_go_of_link();
     }
 
     async fn exited(&self) -> Exit {

@@ -23,6 +23,8 @@ const WINDOW_BYTES: usize = 64 * 1024;
 pub(super) enum Flow {
     Flowing,
     Parked,
+    /// Awake again; only connections made since are flowing.
+    Held,
     Gone,
 }
 
@@ -30,6 +32,8 @@ pub(super) enum Flow {
 #[derive(Debug)]
 pub(super) struct Streams {
     flow: watch::Sender<Flow>,
+    /// How often streams were held: a connection that was made since the last time is not.
+    holds: AtomicUsize,
     /// Bytes that clients wrote and that wait for the microVM.
     queued: watch::Sender<usize>,
     open: AtomicUsize,
@@ -37,7 +41,7 @@ pub(super) struct Streams {
 
 impl Streams {
     pub fn new() -> Arc<Self> {
-        Arc::new(Self { flow: watch::Sender::new(Flow::Flowing), queued: watch::Sender::new(0), open: AtomicUsize::new(0) })
+        Arc::new(Self { flow: watch::Sender::new(Flow::Flowing), holds: AtomicUsize::new(0), queued: watch::Sender::new(0), open: AtomicUsize::new(0) })
     }
 
     /// Once gone, always gone.
@@ -45,6 +49,9 @@ impl Streams {
         self.flow.send_if_modified(|flow| {
             let changes = *flow != Flow::Gone && *flow != to;
             if changes {
+                if to == Flow::Held {
+                    self.holds.fetch_add(1, Ordering::AcqRel);
+                }
                 *flow = to;
             }
             changes
@@ -74,10 +81,12 @@ impl Streams {
         }
     }
 
-    async fn flowing(&self) -> io::Result<()> {
+    /// Of a connection that was made after so many holds.
+    async fn flowing(&self, made_after: usize) -> io::Result<()> {
         let mut flow = self.flow.subscribe();
-        match flow.wait_for(|flow| *flow != Flow::Parked).await.map(|flow| *flow) {
-            Ok(Flow::Flowing) => Ok(()),
+        let is_held = || made_after != self.holds.load(Ordering::Acquire);
+        match flow.wait_for(|flow| *flow != Flow::Parked && !(*flow == Flow::Held && is_held())).await.map(|flow| *flow) {
+            Ok(Flow::Flowing | Flow::Held) => Ok(()),
             _ => Err(io::ErrorKind::ConnectionReset.into()),
         }
     }
@@ -91,17 +100,18 @@ impl Streams {
     pub fn connect(self: &Arc<Self>, upstream: TcpStream) -> Stream {
         let (client, inner) = tokio::io::duplex(WINDOW_BYTES);
         let reset = Arc::new(AtomicBool::new(false));
+        let made_after = self.holds.load(Ordering::Acquire);
         self.open.fetch_add(1, Ordering::Relaxed);
         let (streams, was_reset) = (self.clone(), reset.clone());
         tokio::spawn(async move {
             // How it ended is told to the client by the stream itself.
-            let _ = streams.pump(inner, upstream, &was_reset).await;
+            let _ = streams.pump(inner, upstream, made_after, &was_reset).await;
             streams.open.fetch_sub(1, Ordering::Relaxed);
         });
         Stream { io: client, reset }
     }
 
-    async fn pump(&self, client: DuplexStream, mut upstream: TcpStream, reset: &AtomicBool) -> io::Result<()> {
+    async fn pump(&self, client: DuplexStream, mut upstream: TcpStream, made_after: usize, reset: &AtomicBool) -> io::Result<()> {
         let (mut from_client, mut to_client) = tokio::io::split(client);
         let (mut from_guest, mut to_guest) = upstream.split();
         let up = async {
@@ -109,11 +119,11 @@ impl Streams {
             loop {
                 let n = from_client.read(&mut chunk).await?;
                 if n == 0 {
-                    self.flowing().await?;
+                    self.flowing(made_after).await?;
                     return to_guest.shutdown().await;
                 }
                 let _queued = Queued::new(self, n);
-                self.flowing().await?;
+                self.flowing(made_after).await?;
                 to_guest.write_all(&chunk[..n]).await?;
             }
         };
@@ -121,7 +131,7 @@ impl Streams {
             let mut chunk = vec![0; 16 * 1024];
             loop {
                 let n = from_guest.read(&mut chunk).await?;
-                self.flowing().await?;
+                self.flowing(made_after).await?;
                 if n == 0 {
                     return to_client.shutdown().await;
                 }

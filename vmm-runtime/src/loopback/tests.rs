@@ -54,6 +54,7 @@ async fn a_stream_survives_a_sleep_and_what_was_written_meanwhile_arrives() {
     vm.parked_write().await;
 
     let started = engine.restore(restore(id, dir.path(), 1, Some(vm.clone()))).await.unwrap();
+    started.vm.release_streams();
     stream.read_exact(&mut answer).await.unwrap();
     assert_eq!(&answer, b"sleep");
     vm.kill().await;

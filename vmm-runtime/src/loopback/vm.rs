@@ -13,6 +13,7 @@ use std::{
 
 use async_trait::async_trait;
 use model::{Door, Generation, MicrovmId, Port, Shape};
+use parking_lot::Mutex;
 use tokio::{net::TcpStream, sync::watch};
 use tokio_util::sync::CancellationToken;
 
@@ -90,26 +91,52 @@ impl Process {
     }
 }
 
+/// Whose business the streams are.
+#[derive(Default)]
+pub(super) struct Tenure {
+    /// They go on in a restored microVM and are no business of this one any more.
+    over: AtomicBool,
+    /// Who gets them back if this one ends before they have gone on.
+    before: Mutex<Option<Arc<Tenure>>>,
+}
+
+impl Tenure {
+    /// The process has ended.
+    fn end(&self, streams: &Streams) {
+        let mut before = self.before.lock();
+        if self.over.load(Ordering::Acquire) {
+            return;
+        }
+        match before.take() {
+            Some(before) => {
+                streams.set(Flow::Parked);
+                self.over.store(true, Ordering::Release);
+                before.over.store(false, Ordering::Release);
+            }
+            None => streams.set(Flow::Gone),
+        }
+    }
+}
+
 /// One loopback microVM, or a booted guest of an image build.
 pub struct LoopbackVm {
     world: Arc<World>,
     id: Option<MicrovmId>,
     process: Arc<Process>,
     streams: Arc<Streams>,
-    /// The streams go on in a restored microVM and are no business of this one any more.
-    handed_over: AtomicBool,
+    tenure: Arc<Tenure>,
     exposed: Vec<Port>,
 }
 
 impl LoopbackVm {
     pub(super) fn new(world: Arc<World>, id: Option<MicrovmId>, process: Arc<Process>, streams: Arc<Streams>, exposed: Vec<Port>) -> Arc<Self> {
-        let vm = Arc::new(Self { world, id, process, streams, handed_over: AtomicBool::new(false), exposed });
-        let (process, streams) = (vm.process.clone(), Arc::downgrade(&vm.streams));
+        let vm = Arc::new(Self { world, id, process, streams, tenure: Arc::default(), exposed });
+        let (process, streams, tenure) = (vm.process.clone(), Arc::downgrade(&vm.streams), vm.tenure.clone());
         // Ends with the process; it holds the streams weakly, so it keeps nothing alive.
         tokio::spawn(async move {
             process.gone().await;
             if let Some(streams) = streams.upgrade() {
-                streams.set(Flow::Gone);
+                tenure.end(&streams);
             }
         });
         vm
@@ -119,10 +146,15 @@ impl LoopbackVm {
         self.process.booted.clone()
     }
 
-    /// Hands over the streams, if they wait for a restore. They are handed over once.
-    pub(super) fn take_parked_streams(&self) -> Option<Arc<Streams>> {
+    /// Hands over the streams, if they wait for a restore. They are handed over once, unless they come back.
+    pub(super) fn take_parked_streams(&self) -> Option<(Arc<Streams>, Arc<Tenure>)> {
         let parked = self.process.ended() == Some(End::Suspended) && self.streams.flow() == Flow::Parked;
-        (parked && !self.handed_over.swap(true, Ordering::AcqRel)).then(|| self.streams.clone())
+        (parked && !self.tenure.over.swap(true, Ordering::AcqRel)).then(|| (self.streams.clone(), self.tenure.clone()))
+    }
+
+    /// These streams came from there, and are held.
+    pub(super) fn took(&self, from: Arc<Tenure>) {
+        *self.tenure.before.lock() = Some(from);
     }
 
     /// Streams that are open now.
@@ -187,7 +219,7 @@ impl Vm for LoopbackVm {
             _ = self.process.gone() => return Err(DialError::Gone),
         };
         match (self.process.ended(), self.streams.flow()) {
-            (None, Flow::Flowing) => {}
+            (None, Flow::Flowing | Flow::Held) => {}
             (None | Some(End::Suspended), _) => return Err(DialError::Asleep),
             (Some(_), _) => return Err(DialError::Gone),
         }
@@ -256,9 +288,16 @@ impl Vm for LoopbackVm {
         }
     }
 
+    fn release_streams(&self) {
+        self.tenure.before.lock().take();
+        if self.process.ended().is_none() && self.streams.flow() == Flow::Held {
+            self.streams.set(Flow::Flowing);
+        }
+    }
+
     async fn parked_write(&self) {
         self.streams.parked_write().await;
-        if self.handed_over.load(Ordering::Acquire) {
+        if self.tenure.over.load(Ordering::Acquire) {
             std::future::pending().await
         }
     }
@@ -269,9 +308,7 @@ impl Vm for LoopbackVm {
         if was_alive {
             self.world.count(|counts| counts.kills += 1);
         }
-        if !self.handed_over.load(Ordering::Acquire) {
-            self.streams.set(Flow::Gone);
-        }
+        self.tenure.end(&self.streams);
     }
 
     async fn exited(&self) -> Exit {
@@ -290,7 +327,7 @@ impl Vm for LoopbackVm {
     }
 }
 
-/// Lets the streams flow again when a suspend does not reach its commit, also when its future is dropped.
+/// Holds the streams, which are parked no longer, when a suspend does not reach its commit, also when its future is dropped.
 struct Unpark<'a> {
     streams: Option<&'a Streams>,
 }
@@ -298,7 +335,7 @@ struct Unpark<'a> {
 impl Drop for Unpark<'_> {
     fn drop(&mut self) {
         if let Some(streams) = self.streams {
-            streams.set(Flow::Flowing);
+            streams.set(Flow::Held);
         }
     }
 }

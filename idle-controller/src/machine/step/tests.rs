@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use model::{Generation, IdlePolicy, MicrovmState};
+use model::{Generation, IdlePolicy, MicrovmState, SuspendHookFailure};
 use proptest::prelude::*;
 use vmm_runtime::engine::Exit;
 
@@ -28,7 +28,8 @@ const POLICIES: [(&str, Option<IdlePolicy>); 4] = [
 ];
 
 fn policy(idle: Option<IdlePolicy>, start: Instant) -> Policy {
-    Policy { idle, max_duration: LIFE, ends_at: start + LIFE, keep_terminated: Duration::from_secs(3600) }
+    let suspend_hook_failure = SuspendHookFailure::Keep;
+    Policy { idle, max_duration: LIFE, ends_at: start + LIFE, keep_terminated: Duration::from_secs(3600), suspend_hook_failure }
 }
 
 fn trouble(start: Instant) -> Trouble {
@@ -83,6 +84,7 @@ fn events(start: Instant) -> Vec<(&'static str, Duration, Event)> {
         ("TerminateAsked", soon, Event::TerminateAsked),
         ("Started", soon, Event::Started),
         ("StartFailed", soon, Event::StartFailed { reason: "no memory".into() }),
+        ("HookFailed", soon, Event::HookFailed { reason: "the app said no".into() }),
         ("SnapshotDamaged", soon, Event::SnapshotDamaged { why: "bit flip".into() }),
         ("Suspended", soon, Event::Suspended),
         ("TakenBack", soon, Event::TakenBack),
@@ -201,6 +203,26 @@ fn a_failing_suspend_is_tried_later_and_later() {
     assert_eq!(machine.phase.reason(), None);
 }
 
+/// The only thing that the switch changes.
+#[test]
+fn an_app_that_refuses_to_be_suspended_ends_if_that_is_configured() {
+    let start = Instant::now();
+    let refused = || Event::HookFailed { reason: "Suspend lifecycle hook failed.".into() };
+    for phase in phases(POLICIES[0].1, start) {
+        let terminating = Policy { suspend_hook_failure: SuspendHookFailure::Terminate, ..policy(POLICIES[0].1, start) };
+        let mut keeps = Machine { phase: phase.clone(), generation: Generation(7), policy: policy(POLICIES[0].1, start) };
+        let mut ends = Machine { phase: phase.clone(), generation: Generation(7), policy: terminating };
+        let (kept, ended) = (keeps.step(start, refused()), ends.step(start, refused()));
+        if matches!(phase, Phase::Suspending { .. } | Phase::TakingBack { .. }) {
+            assert_eq!(ended, Ok(vec![Effect::Fail(Refused::Terminated), Effect::Destroy]));
+            assert_eq!(ends.phase.reason().as_deref(), Some("Suspend lifecycle hook failed."));
+            assert_ne!(kept, ended);
+        } else {
+            assert_eq!((kept, keeps.phase), (ended, ends.phase));
+        }
+    }
+}
+
 #[test]
 fn parked_bytes_do_not_repeat_a_failing_wake_for_ever() {
     let start = Instant::now();
@@ -311,10 +333,12 @@ impl Model {
             (Operation::Inspect, _) => Event::Inspected { found: Inspection::Snapshot },
             (Operation::Restore, 0) => Event::SnapshotDamaged { why: "bit flip".into() },
             (Operation::Restore | Operation::Launch, 1) => Event::StartFailed { reason: "no memory".into() },
+            (Operation::Restore | Operation::Launch, 2) => Event::HookFailed { reason: "the app said no".into() },
             (Operation::Restore | Operation::Launch, _) => Event::Started,
             (Operation::Suspend, 0 | 1) => Event::Exited { exit: exit(choice.into()) },
             (Operation::Suspend, 2) => Event::SuspendFailed { reason: "disk full".into() },
             (Operation::Suspend, 3) => Event::TakenBack,
+            (Operation::Suspend, 4) => Event::HookFailed { reason: "the app said no".into() },
             (Operation::Suspend, _) => Event::Suspended,
         };
         self.feed(event);
