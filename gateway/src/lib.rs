@@ -10,7 +10,8 @@
 //! ```
 //!
 //! `service` says the order; `route`, `auth`, `ports`, `framing`, `headers`, `websocket` and `reply` are rules over plain
-//! HTTP types and know nothing of pingora, which lives in `service`, `connection`, `listener`, `tls` and `upstream` only.
+//! HTTP types and know nothing of pingora, which lives in `service`, `exchange`, `connection`, `listener`, `tls` and
+//! `upstream` only.
 //!
 //! pingora logs through `log`; its lines at error level speak of clients' mistakes and should be let through for its own
 //! debugging only. Ours are `tracing` events, and one line per request in the access log.

@@ -203,27 +203,31 @@ struct Connection {
 
 impl Connection {
     async fn run(self, tcp: Accepted, acceptor: Arc<Acceptor>, proxy: Arc<HttpProxy<Service>>) {
-        // Boxed: what a handshake needs is freed before the connection's long life begins.
-        let shaken = Box::pin(tcp.handshake(&self.guard, &self.drain, &acceptor)).await;
+        let traffic = Traffic::new();
+        // Boxed, and so is what comes of it: the several KiB of a handshake, and of a connection on its way from one hand to the
+        // next, would be part of the connection's task for all of its long life.
+        let shaken = Box::pin(async {
+            let (tls, socket) = tcp.handshake(&self.guard, &self.drain, &acceptor).await?;
+            let multiplexed = matches!(tls.selected_alpn_proto(), Some(ALPN::H2));
+            Some((Box::new(Guarded::new(tls, socket, self.guard.clone(), traffic.clone())), multiplexed))
+        });
+        let shaken = shaken.await;
         drop(acceptor);
-        if let Some((tls, socket)) = shaken {
-            self.serve(tls, socket, proxy).await;
+        if let Some((guarded, multiplexed)) = shaken {
+            self.serve(guarded, multiplexed, &traffic, proxy).await;
         }
     }
 
     /// Serves it until its end, which comes from here if the gateway drains or if HTTP/2 idles (pingora would drop that
     /// without GOAWAY): first it is told, and after a moment it ends as soon as it carries nothing.
-    async fn serve(&self, tls: TlsStream<Socket>, socket: Socket, proxy: Arc<HttpProxy<Service>>) {
-        let traffic = Traffic::new();
-        let multiplexed = matches!(tls.selected_alpn_proto(), Some(ALPN::H2));
-        let guarded = Guarded::new(tls, socket, self.guard.clone(), traffic.clone());
+    async fn serve(&self, guarded: Box<Guarded>, multiplexed: bool, traffic: &Traffic, proxy: Arc<HttpProxy<Service>>) {
         let (announce, stop) = watch::channel(false);
-        let mut served = proxy.process_new(Box::new(guarded), &stop);
+        let mut served = proxy.process_new(guarded, &stop);
         tokio::select! {
             biased;
             _ = &mut served => return,
             () = self.drain.begins() => {}
-            () = self.idles(&traffic), if multiplexed => {}
+            () = self.idles(traffic), if multiplexed => {}
         }
         // GOAWAY; on HTTP/1.1 the next answer says `Connection: close`.
         let _ = announce.send(true);

@@ -1,8 +1,9 @@
 //! pingora's phases, one call each. The rules are elsewhere; this says in which order they apply.
 //!
-//! `request_filter`: framing → handshake → route → permit → wake. `upstream_peer`: awake → peer. The filters after it
-//! change headers, count bytes and report activity. An error of ours carries its [`Reason`] in the context; what pingora
-//! finds by itself is mapped in [`Service::reason_of`].
+//! `request_filter`: framing → handshake → route → permit → wake → `exchange`, where the app speaks HTTP/1.1.
+//! `upstream_peer`: awake → peer, for what is left. The filters after it change headers, count bytes and report activity.
+//! An error of ours carries its [`Reason`] in the context; what pingora finds by itself is mapped in
+//! [`Service::reason_of`].
 
 use std::{
     future::poll_fn,

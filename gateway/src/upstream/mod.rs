@@ -2,8 +2,9 @@
 //!
 //! pingora as published keeps a connection for reuse only if it is a real descriptor whose peer has the address it was
 //! asked for (pingora.md §3). A guest stream is neither; ours keeps those that carry a number of ours as well
-//! (third_party/PATCHES.md, [`links`]). A WebSocket is never reused and sits on its guest stream directly
-//! ([`guest_socket`], [`tunnel`]). Where the app speaks TLS, both sit on the inside of it ([`transport`]).
+//! (third_party/PATCHES.md, [`links`]): those of HTTP/2. Those of HTTP/1.1 wait in a pool of ours ([`pool`]). A WebSocket is
+//! never reused and sits on its guest stream directly ([`guest_socket`], [`tunnel`]). Where the app speaks TLS, all sit on the
+//! inside of it ([`transport`]).
 
 pub(crate) mod connector;
 pub(crate) mod frames;

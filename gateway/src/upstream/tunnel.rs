@@ -5,7 +5,7 @@
 //! wait for one another for ever, though both read in the end. So once the 101 is through, the service carries the rest by
 //! itself, and pingora's tasks wait for it.
 //!
-//! Owns: one buffer for each way. What a ping, a sleep or a drain mean is [`super::guest_socket`]'s.
+//! Owns: one buffer for each way, small while the way is quiet. What a ping, a sleep or a drain mean is [`super::guest_socket`]'s.
 
 use std::{
     future::poll_fn,
@@ -19,8 +19,11 @@ use tokio::io::ReadBuf;
 use super::guest_socket::GuestEnd;
 use crate::connection::Guarded;
 
-/// What is read at a time: the most that a TLS record carries.
+/// What is read at a time: the most that a TLS record carries; of a way that was quiet, as much as most messages have.
 const BUFFER: usize = 16 * 1024;
+const QUIET_BUFFER: usize = 512;
+/// A buffer that was filled whole becomes so many times larger.
+const GROWTH: usize = 8;
 /// Buffers of one way that are carried before others on the thread have their turn.
 const AT_A_STRETCH: usize = 32;
 
@@ -83,7 +86,7 @@ struct Half {
 impl Half {
     fn new(way: Way, first: &[u8]) -> Self {
         let mut buffer = first.to_vec();
-        buffer.resize(first.len().max(BUFFER), 0);
+        buffer.resize(first.len().max(QUIET_BUFFER), 0);
         Self { way, buffer, from: 0, to: first.len(), flushed: true, ended: false }
     }
 
@@ -107,6 +110,9 @@ impl Half {
             if self.ended {
                 return flush(cx);
             }
+            if self.to == self.buffer.len() && self.to < BUFFER {
+                self.buffer.resize((self.to * GROWTH).min(BUFFER), 0);
+            }
             let mut buf = ReadBuf::new(&mut self.buffer);
             match read(cx, &mut buf) {
                 Poll::Ready(result) => {
@@ -121,6 +127,10 @@ impl Half {
                     if !self.flushed {
                         ready!(flush(cx))?;
                         self.flushed = true;
+                    }
+                    if self.buffer.len() > QUIET_BUFFER {
+                        self.buffer = vec![0; QUIET_BUFFER];
+                        (self.from, self.to) = (0, 0);
                     }
                     return Poll::Pending;
                 }
