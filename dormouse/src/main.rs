@@ -23,7 +23,7 @@ use model::chain;
 
 /// MicroVMs that sleep when nobody talks to them and wake, memory and all, when a request arrives.
 #[derive(Parser)]
-#[command(version, about, max_term_width = 120)]
+#[command(version, max_term_width = 120)]
 struct Arguments {
     #[command(subcommand)]
     command: Verb,
