@@ -24,6 +24,10 @@ use crate::{
     subject::{Bench, Kind, Subject},
 };
 
+/// As in `dormouse`.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// How the subjects are loaded.
 #[derive(Parser)]
 #[command(max_term_width = 120)]
