@@ -9,7 +9,7 @@ use dormouse_fuzz::{
     channel::{self, BUFFER, Good, LIMIT, ack, block_on, drain, message, next_message, port, serves, settle, write},
 };
 use libfuzzer_sys::fuzz_target;
-use model::Generation;
+use model::{Door, Egress, Generation};
 use protocol::{
     agent::{Request, Restored},
     frame::{Decoder, Kind},
@@ -45,7 +45,7 @@ impl Bench {
         let how = match input.u8() % 4 {
             0 => Attach::Boot,
             1 => Attach::Adopted,
-            _ => Attach::Restored(Restored { realtime_ns: 1, entropy: "00".repeat(64), generation: Generation(1), identity: Default::default() }),
+            _ => Attach::Restored(Restored { realtime_ns: 1, entropy: "00".repeat(64), generation: Generation(1), identity: Default::default(), egress: Egress::Internet, role: None }),
         };
         let (near, mut far) = duplex(BUFFER);
         let link = self.link.clone();
@@ -111,8 +111,13 @@ impl Bench {
         let busy = self.waits.len() >= MOST_CALLS;
         match input.u8() % 12 {
             0..3 if self.streams.len() < MOST_STREAMS && !busy => {
-                let port = port(u16::from(input.u8()));
-                self.waits.spawn(async move { link.open(port, limit).await.map_or(Outcome::Other, Outcome::Opened) });
+                // Two numbers that no good guest listens on stand for what is no port.
+                let door = match input.u8() {
+                    254 => Door::Shell,
+                    255 => Door::Egress,
+                    number => port(u16::from(number)).into(),
+                };
+                self.waits.spawn(async move { link.open(door, limit).await.map_or(Outcome::Other, Outcome::Opened) });
             }
             3 if !busy => {
                 self.waits.spawn(async move {
