@@ -111,9 +111,20 @@ async fn failures_say_what_to_mend() {
     }
     let bench = Bench::new().await;
     let failing = "FROM public.ecr.aws/lambda/microvms:al2023-minimal\n\n# why\nRUN echo before && \\\n    echo the reason >&2 && exit 3\nCMD x\n";
-    let (code, message) = bench.failure("run", &[("Dockerfile", failing)]).await;
-    assert_eq!(code, "CONTAINER_BUILD_FAILED");
-    assert_eq!(message, "Dockerfile line 4 (RUN echo before && …) failed with exit status 3; the last lines of its output:\nbefore\nthe reason");
+    let told = "Dockerfile line 4 (RUN echo before && …) failed with exit status 3; the last lines of its output:\nbefore\nthe reason";
+    let mut message = String::new();
+    // On a busy machine it was seen once, in some dozens of runs, that nothing of what a command printed that fails at once came out
+    // of buildah.
+    for name in ["run", "run-again", "run-once-more"] {
+        let (code, heard) = bench.failure(name, &[("Dockerfile", failing)]).await;
+        assert_eq!(code, "CONTAINER_BUILD_FAILED");
+        assert!(told.starts_with(&heard), "{heard}");
+        message = heard;
+        if message == told {
+            break;
+        }
+    }
+    assert_eq!(message, told);
 
     let (code, message) = bench.failure("copy", &[("Dockerfile", "FROM debian\nCOPY nope /x\nCMD x\n")]).await;
     assert_eq!(code, "CONTAINER_BUILD_FAILED");
