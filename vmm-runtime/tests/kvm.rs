@@ -16,7 +16,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use model::Generation;
+use model::{Capabilities, Generation};
 use rustix::{
     process::{Pid, Signal, kill_process},
     thread::{LinkNameSpaceType, move_into_link_name_space},
@@ -80,6 +80,8 @@ async fn microvms_keep_their_streams_and_have_limits_users_and_networks_of_their
             false
         }
     };
+    // The app brings its own network card up.
+    bench.rights.capabilities = Capabilities::All;
     let _sweep = bench.sweep_at_end();
     let _suite = Suite::prepare(&bench).await;
     let engine = bench.start().await;

@@ -14,7 +14,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use model::MicrovmId;
+use model::{MicrovmId, Rights};
 use vmm_runtime::{
     conformance::{self, Bench, HTTP},
     engine::{AppSpec, Engine, LaunchSpec},
@@ -119,11 +119,13 @@ pub struct GuestBench<S> {
     pub guests: Guests,
     pub limits: Limits,
     pub start: S,
+    /// What its app may do.
+    pub rights: Rights,
 }
 
 impl<S: Start> GuestBench<S> {
     pub fn new(guests: Guests, start: S) -> Self {
-        Self { guests, limits: Limits::default(), start }
+        Self { guests, limits: Limits::default(), start, rights: Rights::default() }
     }
 
     pub fn run_dir(&self) -> PathBuf {
@@ -187,7 +189,7 @@ impl<S: Start> Bench for GuestBench<S> {
 
     fn app(&self) -> AppSpec {
         let env = [("PATH", "/bin"), ("HOME", "/root")].map(|(name, value)| (name.to_owned(), value.to_owned())).into();
-        AppSpec { argv: vec!["/app".into()], env, workdir: "/".into(), user: String::new(), exposed: vec![HTTP], rights: Default::default() }
+        AppSpec { argv: vec!["/app".into()], env, workdir: "/".into(), user: String::new(), exposed: vec![HTTP], rights: self.rights }
     }
 
     fn guests(&self) -> conformance::Guests {
