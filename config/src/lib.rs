@@ -17,7 +17,7 @@ use std::{
 pub use api::{Api, ApiKey, ApiRates, KeyRole};
 pub use problem::{ConfigError, Problem};
 use ipnet::IpNet;
-use model::SuspendHookFailure;
+use model::{Prices, SuspendHookFailure};
 use reader::Reader;
 
 /// Everything a node is told.
@@ -233,23 +233,6 @@ pub struct Log {
     pub access: Option<PathBuf>,
     /// What is kept of one microVM's output.
     pub microvm_bytes: u64,
-}
-
-/// US dollars for what microVMs use.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Prices {
-    /// A vCPU for a second.
-    pub vcpu_second: f64,
-    /// A GB of memory for a second.
-    pub gb_second: f64,
-    /// A GB of snapshots that launches and resumes read.
-    pub snapshot_read_gb: f64,
-    /// A GB of snapshots that suspends write.
-    pub snapshot_written_gb: f64,
-    /// A GB of a suspended microVM's snapshot for an hour.
-    pub storage_gb_hour: f64,
-    /// A GB that guests send.
-    pub transfer_gb: f64,
 }
 
 impl Config {

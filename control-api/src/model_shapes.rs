@@ -219,42 +219,31 @@ pub(crate) static CREATE_AUTH_TOKEN: Shape = Shape::Structure(&[
 
 pub(crate) static CREATE_SHELL_AUTH_TOKEN: Shape = Shape::Structure(&[MICROVM, required("expirationInMinutes", &POSITIVE)]);
 
-pub(crate) static CREATE_IMAGE: Shape = Shape::Structure(&[
-    required("baseImageArn", &NON_BLANK),
-    optional("baseImageVersion", &VERSION),
-    required("buildRoleArn", &ROLE_ARN),
-    optional("description", &FREE_TEXT),
-    required("codeArtifact", &Shape::Union(&[optional("uri", &NON_BLANK)])),
-    optional("logging", &LOGGING),
-    optional("egressNetworkConnectors", &ONE_CONNECTOR),
-    optional("cpuConfigurations", &CPU_CONFIGURATIONS),
-    optional("resources", &RESOURCES),
-    optional("additionalOsCapabilities", &CAPABILITIES),
-    optional("hooks", &HOOKS),
-    optional("environmentVariables", &ENVIRONMENT),
-    optional("kmsKeyIdentifier", &KMS_KEY),
-    required("name", &IMAGE_NAME),
-    optional("tags", &TAGS),
-    optional("clientToken", &CLIENT_TOKEN),
-]);
+/// What an update of an image says as its creation does, and then what only one of them says.
+macro_rules! image_with {
+    ($($own:expr),+) => {
+        Shape::Structure(&[
+            required("baseImageArn", &NON_BLANK),
+            optional("baseImageVersion", &VERSION),
+            required("buildRoleArn", &ROLE_ARN),
+            optional("description", &FREE_TEXT),
+            required("codeArtifact", &Shape::Union(&[optional("uri", &NON_BLANK)])),
+            optional("logging", &LOGGING),
+            optional("egressNetworkConnectors", &ONE_CONNECTOR),
+            optional("cpuConfigurations", &CPU_CONFIGURATIONS),
+            optional("resources", &RESOURCES),
+            optional("additionalOsCapabilities", &CAPABILITIES),
+            optional("hooks", &HOOKS),
+            optional("environmentVariables", &ENVIRONMENT),
+            optional("kmsKeyIdentifier", &KMS_KEY),
+            $($own),+
+        ])
+    };
+}
 
-pub(crate) static UPDATE_IMAGE: Shape = Shape::Structure(&[
-    required("baseImageArn", &NON_BLANK),
-    optional("baseImageVersion", &VERSION),
-    required("buildRoleArn", &ROLE_ARN),
-    optional("description", &FREE_TEXT),
-    required("codeArtifact", &Shape::Union(&[optional("uri", &NON_BLANK)])),
-    optional("logging", &LOGGING),
-    optional("egressNetworkConnectors", &ONE_CONNECTOR),
-    optional("cpuConfigurations", &CPU_CONFIGURATIONS),
-    optional("resources", &RESOURCES),
-    optional("additionalOsCapabilities", &CAPABILITIES),
-    optional("hooks", &HOOKS),
-    optional("environmentVariables", &ENVIRONMENT),
-    optional("kmsKeyIdentifier", &KMS_KEY),
-    IMAGE,
-    optional("clientToken", &CLIENT_TOKEN),
-]);
+pub(crate) static CREATE_IMAGE: Shape = image_with![required("name", &IMAGE_NAME), optional("tags", &TAGS), optional("clientToken", &CLIENT_TOKEN)];
+
+pub(crate) static UPDATE_IMAGE: Shape = image_with![IMAGE, optional("clientToken", &CLIENT_TOKEN)];
 
 pub(crate) static IMAGE_INPUT: Shape = Shape::Structure(&[IMAGE]);
 

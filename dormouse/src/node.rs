@@ -13,7 +13,7 @@ use control_api::{AccessKeys, ApiConfig, Pieces};
 use gateway::{AccessLogTarget, Gateway, GatewayConfig, Limits, Microvms, Tls};
 use idle_controller::{Controller, ControllerConfig};
 use image_builder::{BuilderConfig, Catalog};
-use model::{Prices, SystemClock};
+use model::SystemClock;
 use token::KeyRing;
 use tokio::{
     signal::unix::{Signal, SignalKind},
@@ -234,14 +234,7 @@ async fn run(place: Place<'_>, predecessor: Option<Predecessor>, held: &mut Opti
                 port => format!("{}:{port}", config.edge.domain_suffix),
             },
             allow_file_artifacts: config.api.allow_file_artifacts,
-            prices: Prices {
-                vcpu_second: config.prices.vcpu_second,
-                gb_second: config.prices.gb_second,
-                snapshot_read_gb: config.prices.snapshot_read_gb,
-                snapshot_written_gb: config.prices.snapshot_written_gb,
-                storage_gb_hour: config.prices.storage_gb_hour,
-                transfer_gb: config.prices.transfer_gb,
-            },
+            prices: config.prices,
             max_memory_mib: config.lifecycle.max_memory_mib,
             rates: api_settings::rates(&config.api.rates),
             least_idle: config.lifecycle.least_idle,

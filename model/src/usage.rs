@@ -101,11 +101,11 @@ pub struct Prices {
     pub vcpu_second: f64,
     /// A GB of memory for a second.
     pub gb_second: f64,
-    /// A GB of snapshots, read.
+    /// A GB of snapshots that launches and resumes read.
     pub snapshot_read_gb: f64,
-    /// A GB of snapshots, written.
+    /// A GB of snapshots that suspends write.
     pub snapshot_written_gb: f64,
-    /// A GB of snapshots for an hour.
+    /// A GB of a suspended microVM's snapshot for an hour.
     pub storage_gb_hour: f64,
     /// A GB from the guest to clients or into its network.
     pub transfer_gb: f64,
