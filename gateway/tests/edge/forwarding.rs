@@ -283,13 +283,16 @@ async fn a_body_over_the_limit_is_413_whether_announced_or_not() {
     assert_eq!(fits.text(), "Ok(1000)");
     let announced = rig.h1().await.send(request("POST", &vm.host, "/length", &auth, full(vec![0; 1001]))).await;
     assert_eq!((announced.status, announced.reason()), (413, "body-too-large"));
-    let (feed, body) = fed();
-    let mut h2 = rig.h2().await;
-    let response = h2.0.send_request(h2_request("POST", &vm.host, "/length", &auth, body));
-    feed.send(Bytes::from(vec![0; 900])).await.unwrap();
-    let _ = feed.send(Bytes::from(vec![0; 900])).await;
-    let answer = Answer::read(within("the answer", response).await.unwrap()).await;
-    assert_eq!((answer.status, answer.reason()), (413, "body-too-large"));
+    let to_h2 = [auth[0], ("x-aws-proxy-force-h2", "true")];
+    for fields in [&auth[..], &to_h2] {
+        let (feed, body) = fed();
+        let mut h2 = rig.h2().await;
+        let response = h2.0.send_request(h2_request("POST", &vm.host, "/length", fields, body));
+        feed.send(Bytes::from(vec![0; 900])).await.unwrap();
+        let _ = feed.send(Bytes::from(vec![0; 900])).await;
+        let answer = Answer::read(within("the answer", response).await.unwrap()).await;
+        assert_eq!((answer.status, answer.reason()), (413, "body-too-large"), "{fields:?}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -36,7 +36,8 @@ where
         while let Ok((tcp, _)) = listener.accept().await {
             let (each, requests) = (each.clone(), requests.clone());
             tokio::spawn(async move {
-                let mut connection = h2::server::handshake(tcp).await.unwrap();
+                // The first connection may be the gateway's question whether the app speaks TLS.
+                let Ok(mut connection) = h2::server::handshake(tcp).await else { return };
                 while let Some(Ok((_, respond))) = connection.accept().await {
                     each(requests.fetch_add(1, Ordering::SeqCst), respond);
                 }
@@ -133,6 +134,43 @@ async fn a_stream_is_tried_again_only_if_the_app_says_that_it_did_not_look() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_app_that_answers_the_second_try_without_its_body_is_heard() {
+    // It shuts its window once it has the first body, so that the second one waits until NO_ERROR says that nobody wants it.
+    let rig = Rig::new().await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let requests = Arc::new(AtomicUsize::new(0));
+    let counted = requests.clone();
+    tokio::spawn(async move {
+        while let Ok((tcp, _)) = listener.accept().await {
+            let counted = counted.clone();
+            tokio::spawn(async move {
+                // The first connection is the gateway's question whether the app speaks TLS.
+                let Ok(mut connection) = h2::server::handshake(tcp).await else { return };
+                while let Some(Ok((request, mut respond))) = connection.accept().await {
+                    if counted.fetch_add(1, Ordering::SeqCst) > 0 {
+                        answer_ok(respond);
+                        continue;
+                    }
+                    let mut body = request.into_body();
+                    tokio::select! {
+                        piece = body.data() => assert_eq!(&piece.unwrap().unwrap()[..], b"body"),
+                        _ = connection.accept() => return,
+                    }
+                    connection.set_initial_window_size(0).unwrap();
+                    respond.send_reset(h2::Reason::REFUSED_STREAM);
+                }
+            });
+        }
+    });
+    let vm = rig.microvm(address).await;
+    let token = rig.token(&vm, PortScope::All);
+    let fields = [("x-aws-proxy-auth", token.as_str()), ("x-aws-proxy-force-h2", "true")];
+    let answer = rig.h2().await.send(h2_request("PUT", &vm.host, "/", &fields, full("body"))).await;
+    assert_eq!((answer.status, answer.text(), requests.load(Ordering::SeqCst)), (200, "ok", 2), "{}", answer.reason());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_request_on_a_connection_of_h2_that_ends_is_not_sent_again() {
     let rig = Rig::new().await;
     let seen = Arc::new(AtomicUsize::new(0));
@@ -143,7 +181,7 @@ async fn a_request_on_a_connection_of_h2_that_ends_is_not_sent_again() {
         while let Ok((tcp, _)) = listener.accept().await {
             let seen = counted.clone();
             tokio::spawn(async move {
-                let mut connection = h2::server::handshake(tcp).await.unwrap();
+                let Ok(mut connection) = h2::server::handshake(tcp).await else { return };
                 while let Some(Ok((_, respond))) = connection.accept().await {
                     if seen.fetch_add(1, Ordering::SeqCst) == 1 {
                         return;

@@ -528,15 +528,22 @@ where
 
         // retry, send buffer if it exists
         if let Some(buffer) = session.as_mut().get_retry_buffer() {
-            self.send_body_to2(
-                session,
-                Some(buffer),
-                downstream_state.is_done(),
-                client_body,
-                ctx,
-                write_timeout,
-            )
-            .await?;
+            match self
+                .send_body_to2(
+                    session,
+                    Some(buffer),
+                    downstream_state.is_done(),
+                    client_body,
+                    ctx,
+                    write_timeout,
+                )
+                .await
+            {
+                Ok(_) => {}
+                // Dormouse: as below, an upstream that wants no body may have answered.
+                Err(e) if e.esource == ErrorSource::Upstream => downstream_state.to_errored(),
+                Err(e) => return Err(e),
+            }
         }
 
         let mut response_state = ResponseStateMachine::new();
@@ -640,6 +647,8 @@ where
                             // downstream session anyway.
                             session.downstream_session.on_proxy_failure(e);
                         },
+                        // Dormouse: a filter's refusal of the body is no fault of the upstream.
+                        Err(e) if e.esource != ErrorSource::Upstream => return Err(e),
                         Err(e) => {
                             // mark request done, attempt to drain receive
                             warn!("Upstream h2 body send error: {e}");
