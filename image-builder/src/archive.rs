@@ -16,6 +16,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use rustix::{
+    fd::OwnedFd,
+    fs::{CWD, Mode, OFlags, ResolveFlags, openat2},
+    io::Errno,
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::Artifact;
@@ -89,6 +94,17 @@ pub(crate) fn unpack(artifact: &Artifact, context: &Path, limits: Limits, cancel
         }
     }
     tree.finish()
+}
+
+/// Opens the place where an artifact lies, which has been checked under this very name (see [`Artifact`]): if a link has taken the
+/// place of any part of it since, it leads to where nobody has looked.
+fn open_place(path: &Path, flags: OFlags) -> Result<OwnedFd, ArchiveError> {
+    let failed = |source| ArchiveError::Read { path: path.to_owned(), source };
+    // Of a link at the end NOFOLLOW would make something else than LOOP.
+    match openat2(CWD, path, (flags | OFlags::CLOEXEC) - OFlags::NOFOLLOW, Mode::empty(), ResolveFlags::NO_SYMLINKS) {
+        Err(Errno::LOOP) => Err(failed(io::Error::other("it has been exchanged for a symbolic link since the build was asked for"))),
+        opened => opened.map_err(|error| failed(error.into())),
+    }
 }
 
 /// Tells an object that can be read from one that cannot, by the codes of aws-behaviour §5.1.

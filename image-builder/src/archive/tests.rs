@@ -7,6 +7,8 @@ use std::{
 use proptest::prelude::*;
 use zip::{CompressionMethod, ZipWriter, write::SimpleFileOptions};
 
+use rustix::fs::renameat_with;
+
 use super::*;
 
 enum Entry<'a> {
@@ -250,6 +252,74 @@ fn a_directory_is_held_to_the_same_rules() {
     std::fs::remove_file(from.join("escape")).unwrap();
     let _socket = std::os::unix::net::UnixListener::bind(from.join("socket")).unwrap();
     assert!(matches!(copy("4"), Err(ArchiveError::Special { .. })));
+}
+
+#[test]
+fn what_has_become_a_link_since_it_was_checked_is_not_followed() {
+    let dir = tempfile::tempdir().unwrap();
+    let (real, secret) = (dir.path().canonicalize().unwrap(), dir.path().canonicalize().unwrap().join("secret"));
+    std::fs::create_dir_all(secret.join("code")).unwrap();
+    std::fs::write(secret.join("code/Dockerfile"), "FROM scratch").unwrap();
+    std::fs::write(secret.join("code/app.zip"), zip(&[DOCKERFILE])).unwrap();
+    symlink(&secret, real.join("parent")).unwrap();
+    symlink(secret.join("code"), real.join("code")).unwrap();
+    symlink(secret.join("code/app.zip"), real.join("app.zip")).unwrap();
+    let tries = [
+        Artifact::Directory(real.join("code")),
+        Artifact::Directory(real.join("parent/code")),
+        Artifact::Zip(real.join("app.zip")),
+        Artifact::Zip(real.join("parent/code/app.zip")),
+    ];
+    for artifact in tries {
+        let context = real.join("context");
+        std::fs::create_dir(&context).unwrap();
+        let refused = unpack(&artifact, &context, Limits::DEFAULT, &CancellationToken::new()).unwrap_err().to_string();
+        assert!(refused.contains("exchanged for a symbolic link"), "{artifact:?}: {refused}");
+        assert_eq!(std::fs::read_dir(&context).unwrap().count(), 0);
+        std::fs::remove_dir(&context).unwrap();
+    }
+}
+
+/// A thread exchanges a directory and a link to a secret all the while; whatever is copied was never behind the link.
+#[test]
+fn a_directory_that_turns_into_a_link_while_it_is_copied_gives_nothing_away() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().canonicalize().unwrap();
+    let (from, secret) = (root.join("from"), root.join("secret"));
+    for (place, word) in [(&from.join("sub"), "mine"), (&secret, "secret")] {
+        std::fs::create_dir_all(place).unwrap();
+        (0..20).for_each(|n| std::fs::write(place.join(format!("f{n}")), word).unwrap());
+    }
+    std::fs::write(from.join("Dockerfile"), "FROM scratch").unwrap();
+    symlink(&secret, root.join("link")).unwrap();
+    let stop = AtomicBool::new(false);
+    /// Also if a check fails.
+    struct Stops<'a>(&'a AtomicBool);
+    impl Drop for Stops<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+    std::thread::scope(|scope| {
+        let _stops = Stops(&stop);
+        scope.spawn(|| {
+            let exchange = || renameat_with(CWD, from.join("sub"), CWD, root.join("link"), rustix::fs::RenameFlags::EXCHANGE);
+            while !stop.load(Ordering::Relaxed) {
+                exchange().unwrap();
+            }
+        });
+        for n in 0..300 {
+            let context = root.join(format!("context-{n}"));
+            std::fs::create_dir(&context).unwrap();
+            // Mostly refused: the link leads outside, and what was a directory may be none.
+            let _ = unpack(&Artifact::Directory(from.clone()), &context, Limits::DEFAULT, &CancellationToken::new());
+            for file in std::fs::read_dir(context.join("sub")).into_iter().flatten().flatten() {
+                assert_eq!(std::fs::read_to_string(file.path()).unwrap(), "mine");
+            }
+            std::fs::remove_dir_all(&context).unwrap();
+        }
+    });
 }
 
 #[test]

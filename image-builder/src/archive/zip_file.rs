@@ -6,9 +6,10 @@ use std::{
     path::Path,
 };
 
+use rustix::fs::OFlags;
 use zip::{ZipArchive, result::ZipError};
 
-use super::{ArchiveError, EntryName, MAX_PATH, Tree, shown};
+use super::{ArchiveError, EntryName, MAX_PATH, Tree, open_place, shown};
 
 /// The end-of-central-directory record with the longest comment it can have, the zip64 locator and the zip64 record.
 const TAIL_BYTES: u64 = 22 + 65_535 + 20 + 56;
@@ -21,7 +22,8 @@ const SYMLINK: u32 = 0o120_000;
 
 pub(super) fn unpack(path: &Path, tree: &mut Tree) -> Result<(), ArchiveError> {
     let failed = |source| ArchiveError::Read { path: path.to_owned(), source };
-    let mut file = File::open(path).map_err(failed)?;
+    // NONBLOCK: what was a file may be a pipe by now.
+    let mut file = File::from(open_place(path, OFlags::RDONLY | OFlags::NONBLOCK)?);
     let metadata = file.metadata().map_err(failed)?;
     if !metadata.is_file() {
         return Err(ArchiveError::NotAZip { why: "it is not a regular file".to_owned() });
