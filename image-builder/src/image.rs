@@ -176,9 +176,35 @@ pub struct ImageRecord {
     pub request: serde_json::Value,
     /// The first exposed port that listened when the snapshot was taken; the hook port if it was `/ready` that said so.
     pub ready_port: Option<Port>,
+    /// The record on disk cannot be read: this one stands in for it, so that the version can be seen and deleted. Until it is
+    /// deleted nothing of what lies there is touched.
+    #[serde(skip)]
+    pub damaged: bool,
 }
 
 impl ImageRecord {
+    /// Stands in for a record that cannot be read.
+    pub(crate) fn damaged(name: ImageName, version: ImageVersion, changed_at: SystemTime, why: String) -> Self {
+        let memory = MemorySize::DEFAULT;
+        Self {
+            name,
+            version,
+            state: BuildState::Failed,
+            status: VersionStatus::Inactive,
+            deletion: None,
+            failure: Some(BuildFailure { code: "INTERNAL_PLATFORM_ERROR".to_owned(), message: why }),
+            build: BuildFacts::default(),
+            shape: Shape { memory_mib: memory.mib(), vcpus: 1, disk_gib: memory.disk_gib() },
+            memory,
+            created_at: changed_at,
+            updated_at: changed_at,
+            hooks: None,
+            request: serde_json::Value::Null,
+            ready_port: None,
+            damaged: true,
+        }
+    }
+
     /// What the outside is told.
     pub fn shown_state(&self) -> VersionState {
         match (self.deletion, self.state) {

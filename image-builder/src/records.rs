@@ -154,8 +154,8 @@ impl Layout {
         what.parent().map_or(Ok(()), sync_dir)
     }
 
-    /// Everything that can be read. What cannot is left where it is, and its name stays taken; what a crash left of something
-    /// that never was a version goes to the trash.
+    /// Everything there is. A version whose record cannot be read is shown as one that failed (see [`ImageRecord::damaged`]) and left
+    /// as it is: microVMs may sleep on its snapshot. What a crash left of something that never was a version goes to the trash.
     pub fn read_all(&self) -> io::Result<Found> {
         fs::create_dir_all(&self.dir)?;
         let mut found = Found::default();
@@ -182,7 +182,7 @@ impl Layout {
 
     fn read_image(&self, name: &ImageName) -> io::Result<Option<Image>> {
         let dir = self.image(name);
-        let (mut versions, mut damaged): (Vec<ImageRecord>, _) = (Vec::new(), false);
+        let (mut versions, mut foreign): (Vec<ImageRecord>, _) = (Vec::new(), false);
         for entry in fs::read_dir(&dir)? {
             let entry = entry?;
             if !entry.file_type()?.is_dir() {
@@ -193,34 +193,53 @@ impl Layout {
                 continue;
             }
             let path = entry.path();
-            match read_json::<ImageRecord>(&path.join(RECORD)) {
-                Ok(record) if record.name == *name && self.version(name, record.version) == path => versions.push(record),
-                Ok(_) => {
-                    damaged = true;
-                    tracing::error!(path = %path.display(), "an image record belongs to another image and is left alone");
+            let why = match read_json::<ImageRecord>(&path.join(RECORD)) {
+                Ok(record) if record.name == *name && self.version(name, record.version) == path => {
+                    versions.push(record);
+                    continue;
                 }
+                Ok(record) => format!("it is of version {} of the image {}", record.version, record.name),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {
                     tracing::warn!(path = %path.display(), "what a crash left of a version that never was is removed");
                     self.discard(&path)?;
+                    continue;
                 }
-                Err(error) => {
-                    damaged = true;
-                    tracing::error!(path = %path.display(), %error, "an image record cannot be read and is left alone");
-                }
-            }
+                Err(error) => error.to_string(),
+            };
+            let Some(version) = entry.file_name().to_str().and_then(|text| text.parse().ok()).filter(|version| self.version(name, *version) == path) else {
+                foreign = true;
+                tracing::error!(path = %path.display(), why, "this is no version of the image, its record cannot be read, and it is left alone");
+                continue;
+            };
+            tracing::error!(path = %path.display(), why, "the record of a version cannot be read; the version is shown as failed, can be deleted, and is left alone until then");
+            let why = format!("the record of this version on the node's disk cannot be read ({why}); what lies in {} is left as it is until the version is deleted", path.display());
+            let changed_at = entry.metadata()?.modified()?;
+            versions.push(ImageRecord::damaged(name.clone(), version, changed_at, why));
         }
         versions.sort_by_key(|record| record.version);
         let (Some(first), Some(last)) = (versions.first(), versions.last()) else {
-            if !damaged {
+            if !foreign {
                 tracing::warn!(path = %dir.display(), "what a crash left of an image that never was is removed");
                 self.discard(&dir)?;
             }
             return Ok(None);
         };
         let mut facts = match read_json::<ImageFacts>(&dir.join(IMAGE)) {
-            Ok(facts) => facts,
-            // Nodes before updates of images did not write one.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            Ok(facts) if facts.name == *name => facts,
+            // Nodes before updates of images did not write one. One that cannot be read is kept beside what follows from the versions.
+            unread => {
+                let why = match unread {
+                    Ok(facts) => Some(format!("it is of the image {}", facts.name)),
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+                    // What is there and is no record; a disk that cannot be read may be read again.
+                    Err(error) if matches!(error.kind(), io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof) => Some(error.to_string()),
+                    Err(error) => return Err(error),
+                };
+                if let Some(why) = why {
+                    let kept = dir.join(format!("{IMAGE}.damaged-{}", uuid::Uuid::new_v4().simple()));
+                    fs::rename(dir.join(IMAGE), &kept)?;
+                    tracing::error!(path = %kept.display(), why, "the record of an image cannot be read and was moved aside; its versions are there, its tags are gone");
+                }
                 let facts = ImageFacts {
                     name: name.clone(),
                     id: uuid::Uuid::new_v4().to_string(),
@@ -233,7 +252,6 @@ impl Layout {
                 self.write_image(&facts)?;
                 facts
             }
-            Err(error) => return Err(error),
         };
         facts.last_version = facts.last_version.max(last.version);
         Ok(Some(Image { facts, versions }))
@@ -261,6 +279,9 @@ impl Layout {
     /// Removes what does not belong to a version: temporary files of writers that were killed, and everything that a build
     /// that failed has left beside its log.
     pub fn scrub(&self, record: &ImageRecord) -> io::Result<()> {
+        if record.damaged {
+            return Ok(());
+        }
         let keeps = |name: &OsStr| name == RECORD || name == LOG || (name == SNAPSHOT && record.state == BuildState::Successful);
         for entry in fs::read_dir(self.version(&record.name, record.version))? {
             let entry = entry?;

@@ -308,19 +308,6 @@ fn a_crash_leaves_failed_records_and_nothing_else() {
     bench.assert_clean();
 }
 
-#[tokio::test]
-async fn a_damaged_record_hides_one_image_and_no_other() {
-    let bench = Bench::new().await;
-    let images = bench.dir.path().join("images");
-    std::fs::create_dir_all(images.join("broken/1.0")).unwrap();
-    std::fs::write(images.join("broken/1.0/record.json"), "{").unwrap();
-    let catalog = Catalog::open(config(bench.dir.path()), Arc::new(bench.engine.clone())).await.unwrap();
-    assert!(catalog.get(&image("broken"), ImageVersion::FIRST).is_none());
-    let refused = catalog.create(request("broken", Artifact::Directory("/nowhere".into()))).await;
-    assert!(matches!(refused, Err(CatalogError::Storage { .. })), "its directory is not overwritten");
-    assert_eq!(std::fs::read_to_string(images.join("broken/1.0/record.json")).unwrap(), "{");
-}
-
 /// An app whose hooks answer these statuses, one after the other; the paths it was asked for.
 async fn hook_app(bench: &Bench, statuses: &[u16]) -> Arc<Mutex<Vec<String>>> {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();

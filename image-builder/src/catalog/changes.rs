@@ -28,6 +28,7 @@ fn new_version(request: &BuildRequest, version: ImageVersion, now: SystemTime) -
         hooks: request.hooks,
         request: request.request.clone(),
         ready_port: None,
+        damaged: false,
     }
 }
 

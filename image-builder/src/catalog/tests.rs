@@ -217,6 +217,56 @@ async fn what_a_crash_left_of_a_build_is_cleaned_up_and_the_name_can_be_used() {
 }
 
 #[tokio::test]
+async fn a_record_that_cannot_be_read_is_seen_as_failed_and_can_be_deleted() {
+    let mut bench = Bench::new().await;
+    for name in ["one", "both", "mixed-up", "whole"] {
+        bench.built(name).await;
+    }
+    bench.updated("one", V2).await;
+    // Cut short, of zeros as after a power failure, of another image; beside them what somebody may still need.
+    fs::write(bench.at("one/1.0/record.json"), "{").unwrap();
+    fs::write(bench.at("both/1.0/record.json"), [0; 64]).unwrap();
+    fs::write(bench.at("both/image.json"), "").unwrap();
+    fs::copy(bench.at("whole/1.0/record.json"), bench.at("mixed-up/1.0/record.json")).unwrap();
+    let damaged = ["one", "both", "mixed-up"];
+    let kept: Vec<String> = damaged.iter().map(|name| fs::read_to_string(bench.at(&format!("{name}/1.0/record.json"))).unwrap()).collect();
+
+    // Twice: what the first start made of it is still what was found.
+    for _ in 0..2 {
+        bench.again().await;
+        for (name, kept) in damaged.iter().zip(&kept) {
+            let record = bench.catalog.get(&image(name), V1).unwrap();
+            assert_eq!((record.state, record.shown_status()), (BuildState::Failed, VersionStatus::Inactive), "{name}");
+            let why = record.failure.unwrap().message;
+            assert!(why.contains("cannot be read") && why.contains(&format!("{name}/1.0")), "{why}");
+            assert_eq!(bench.catalog.lease(&image(name), Some(V1)).err(), Some(NotRunnable::NotActive), "{name}");
+            assert!(matches!(bench.catalog.set_status(image(name), V1, VersionStatus::Active).await, Err(CatalogError::NotActivatable(_))));
+            assert_eq!(fs::read_to_string(bench.at(&format!("{name}/1.0/record.json"))).unwrap(), *kept, "{name}");
+            assert!(bench.at(&format!("{name}/1.0/snapshot")).is_dir(), "a microVM may sleep on it: {name}");
+        }
+        assert_eq!(bench.catalog.image(&image("one")).unwrap().state(), ImageState::Updated);
+        assert!(bench.catalog.lease(&image("one"), None).is_ok_and(|lease| lease.record().version == V2));
+        assert_eq!(bench.odd("both").iter().filter(|file| file.starts_with("image.json.damaged-")).count(), 1);
+    }
+
+    assert!(matches!(bench.catalog.delete(image("both"), || true).await, Err(CatalogError::InUse)), "as long as something runs from it");
+    for name in damaged {
+        if name == "one" {
+            bench.catalog.delete_version(image(name), V1, || false).await.unwrap();
+            assert!(bench.catalog.version_gone(&image(name), V1).await.is_none());
+            assert_eq!(bench.odd(name), ["2.0/snapshot"]);
+        } else {
+            bench.catalog.delete(image(name), || false).await.unwrap();
+            assert!(bench.catalog.gone(&image(name)).await.is_none());
+            bench.built(name).await;
+        }
+    }
+    bench.again().await;
+    assert_eq!(bench.versions("whole"), ["1.0"]);
+    assert_eq!(bench.versions("one"), ["2.0"]);
+}
+
+#[tokio::test]
 async fn images_of_nodes_before_updates_are_taken_over() {
     let mut bench = Bench::new().await;
     bench.built("old").await;
