@@ -17,7 +17,7 @@ use std::{
 pub use api::{Api, ApiKey, ApiRates, KeyRole};
 pub use problem::{ConfigError, Problem};
 use ipnet::IpNet;
-use model::{Prices, SuspendHookFailure};
+use model::{BuildNetwork, Prices, SuspendHookFailure};
 use reader::Reader;
 
 /// Everything a node is told.
@@ -222,6 +222,8 @@ pub struct Build {
     pub ready_timeout: Duration,
     /// How long the container build has.
     pub timeout: Duration,
+    /// Which network its RUN steps have.
+    pub network: BuildNetwork,
 }
 
 /// What is logged.
@@ -348,6 +350,7 @@ impl Config {
                 max_versions: s.count("max_versions", 50, 1..=1_000_000, "Versions of one image; one more is refused (402). AWS: 50."),
                 ready_timeout: s.seconds("ready_timeout_secs", 180, 1..=3_600, "How long the app has to listen on a port."),
                 timeout: s.seconds("timeout_secs", 1_800, 1..=86_400, "How long the container build has."),
+                network: s.choice("network", &[("internet", BuildNetwork::Internet), ("none", BuildNetwork::Nothing), ("host", BuildNetwork::Host)], "Which network the RUN steps of a Dockerfile have. internet: one of their own (slirp4netns), from which they reach what microVMs with INTERNET_EGRESS reach (guest.egress_allow included) and never a listener of this host; none: no network; host: this host's, its loopback included, where every Dockerfile can talk to [admin], which asks nobody who he is. A proxy on the loopback of this host is reached with host only. An image with NO_EGRESS is built without a network in any case. FROM is fetched by the node itself."),
             }),
             log: r.section("log", |s| Log {
                 filter: s.text("filter", "info", "A tracing filter such as \"info\" or \"info,gateway=debug\".", |_| Ok(())),

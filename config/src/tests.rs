@@ -1,5 +1,7 @@
 use std::time::Duration;
 
+use model::BuildNetwork;
+
 use crate::{Accelerator, Config, ConfigError, KeyRole};
 
 fn problems(text: &str) -> Vec<String> {
@@ -31,6 +33,14 @@ fn what_may_be_unlimited_is_so_at_zero() {
     assert_eq!((limits.first_byte_deadline, limits.max_body_bytes, limits.max_tokens_per_second), (Some(Duration::from_secs(30)), Some(1_000), None));
     let limits = Config::defaults().edge.limits;
     assert_eq!((limits.first_byte_deadline, limits.max_body_bytes, limits.max_tokens_per_second), (None, None, Some(100_000)));
+}
+
+#[test]
+fn builds_are_kept_from_the_host_unless_somebody_says_otherwise() {
+    assert_eq!(Config::defaults().build.network, BuildNetwork::Internet);
+    let network = |word: &str| Config::parse(&format!("[build]\nnetwork = \"{word}\"\n")).map(|config| config.build.network);
+    assert_eq!((network("none"), network("host")), (Ok(BuildNetwork::Nothing), Ok(BuildNetwork::Host)));
+    assert_eq!(problems("[build]\nnetwork = \"hots\"\n"), ["build.network: is \"hots\", but must be \"internet\" or \"none\" or \"host\""]);
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::{path::{Path, PathBuf}, process::Command};
 
 use config::{Config, EngineKind};
-use model::chain;
+use model::{BuildNetwork, chain};
 use vmm_runtime::kvm::{self, Probe};
 
 /// One finding.
@@ -15,17 +15,23 @@ struct Finding {
 
 /// Prints the findings; returns whether a node can run here.
 pub async fn run(config: &Config) -> bool {
-    let findings = [
+    let mut findings = vec![
         program(&config.engine.qemu, "apt-get install qemu-system-x86", &["--version"]),
         program(Path::new("qemu-img"), "apt-get install qemu-utils", &["--version"]),
         program(Path::new("buildah"), "apt-get install buildah", &["--version"]),
         program(Path::new("mmdebstrap"), "apt-get install mmdebstrap", &["--version"]),
         program(Path::new("mkfs.ext4"), "apt-get install e2fsprogs", &["-V"]),
+        program(Path::new("ip"), "apt-get install iproute2", &["-V"]),
         kernel(&config.guest.kernel_dir),
         beside("guest agent", agent_path(config)),
         beside("VMM of the kvm engine", vmm_path(config)),
         root(),
     ];
+    if config.build.network == BuildNetwork::Internet {
+        let mend = "apt-get install slirp4netns (or build without a network: network = \"none\" in [build]; builds never get the host's instead)";
+        findings.push(program(Path::new("slirp4netns"), mend, &["--version"]));
+        findings.push(tap());
+    }
     for finding in &findings {
         match &finding.mend {
             None => println!("ok       {}", finding.what),
@@ -123,6 +129,15 @@ fn installed(configured: Option<&Path>, name: &str, what: &str) -> Result<PathBu
         None => std::env::current_exe().ok().and_then(|exe| exe.parent().map(|dir| dir.join(name))).unwrap_or_else(|| PathBuf::from(name)),
     };
     if path.is_file() { Ok(path) } else { Err(format!("there is no {what} at {}", path.display())) }
+}
+
+/// What slirp4netns makes a network card of.
+fn tap() -> Finding {
+    let there = Path::new("/dev/net/tun").exists();
+    Finding {
+        what: format!("/dev/net/tun, for the network of image builds{}", if there { "" } else { ": not there" }),
+        mend: (!there).then(|| "run: modprobe tun (in a container: let it have the device /dev/net/tun)".to_owned()),
+    }
 }
 
 fn root() -> Finding {

@@ -21,6 +21,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 use vmm_runtime::{
+    EgressPolicy,
     engine::Engine,
     guest_kit,
     kvm::{self, HostConfig, PoolConfig},
@@ -218,6 +219,8 @@ async fn run(place: Place<'_>, predecessor: Option<Predecessor>, held: &mut Opti
             max_versions: config.build.max_versions,
             ready_timeout: config.build.ready_timeout,
             build_timeout: config.build.timeout,
+            network: config.build.network,
+            egress: egress_policy(config),
         },
         Arc::clone(&engine),
     )
@@ -439,6 +442,10 @@ async fn lock_when_free(data_dir: &Path) -> Result<File> {
     }
 }
 
+fn egress_policy(config: &Config) -> EgressPolicy {
+    EgressPolicy { also: config.guest.egress_allow.clone(), name_servers: config.guest.name_servers.clone() }
+}
+
 async fn open_engine(config: &Config, data_dir: &Path) -> Result<Arc<dyn Engine>> {
     let choice = doctor::choose(config).await;
     tracing::info!("engine: {}", choice.why);
@@ -453,7 +460,7 @@ async fn open_engine(config: &Config, data_dir: &Path) -> Result<Arc<dyn Engine>
         pool: PoolConfig { per_image: ready.min(1), total: ready },
         limits: kvm::Limits::default(),
         roles: config.guest.roles.clone(),
-        egress: Arc::new(kvm::EgressPolicy { also: config.guest.egress_allow.clone(), name_servers: config.guest.name_servers.clone() }),
+        egress: Arc::new(egress_policy(config)),
         log_bytes: config.log.microvm_bytes,
     };
     match choice.engine {

@@ -27,7 +27,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     build_log::Tail,
     reference::Reference,
-    sandbox::{self, Ended, Job, SandboxError},
+    sandbox::{self, Ended, Job, Network, SandboxError},
 };
 
 /// Small, and with what a Dockerfile for AWS's base or for `python` expects: Python, pip, certificates, curl.
@@ -78,6 +78,17 @@ pub enum BaseError {
     /// The host lacks programs.
     #[error("building images needs {programs}, which this host does not have; install them with: apt-get install {packages}")]
     MissingPrograms {
+        /// Their names.
+        programs: String,
+        /// The Debian packages they are in.
+        packages: String,
+    },
+    /// The host lacks programs for the network of RUN steps, and there is none that they get instead.
+    #[error(
+        "the network that RUN steps have here needs {programs}, which this host does not have; install them with: apt-get install {packages} \
+         (or build without a network: network = \"none\" in [build])"
+    )]
+    NoNetwork {
         /// Their names.
         programs: String,
         /// The Debian packages they are in.
@@ -144,7 +155,7 @@ pub(crate) struct SharedStore {
 impl SharedStore {
     /// Finds out, once per `base_dir`, how layers can be stored there.
     pub async fn open(base_dir: &Path) -> Result<Self, BaseError> {
-        check_programs()?;
+        check_programs(&PROGRAMS)?;
         std::fs::create_dir_all(base_dir).map_err(io_error(|| format!("making {}", base_dir.display())))?;
         let dir = base_dir.canonicalize().map_err(io_error(|| format!("finding {}", base_dir.display())))?;
         let lock = Lock::take(&dir, &CancellationToken::new()).await?;
@@ -248,7 +259,7 @@ impl SharedStore {
     ) -> Result<String, BaseError> {
         let script = format!("{BUILDAH}{script}");
         let env = vec![("STORE", self.storage().into()), ("RUN_DIR", work.join("run").into()), ("DRIVER", (&self.driver).into())];
-        let job = Job { script: &script, args, env, dir: work, deadline: Instant::now() + limit, cancel };
+        let job = Job { script: &script, args, env, dir: work, network: Network::Host, deadline: Instant::now() + limit, cancel };
         let mut output = Tail::default();
         let ended = sandbox::run(job, &mut |line| {
             output.push(line);
@@ -289,14 +300,28 @@ fn io_error(doing: impl FnOnce() -> String) -> impl FnOnce(io::Error) -> BaseErr
 /// Programs, and the Debian packages they are in.
 const PROGRAMS: [(&str, &str); 4] =
     [("buildah", "buildah"), ("mmdebstrap", "mmdebstrap"), ("mkfs.ext4", "e2fsprogs"), ("unshare", "util-linux")];
+const NETWORK_PROGRAMS: [(&str, &str); 2] = [("slirp4netns", "slirp4netns"), ("ip", "iproute2")];
 
-fn check_programs() -> Result<(), BaseError> {
-    let there = |program: &str| ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"].iter().any(|dir| Path::new(dir).join(program).is_file());
-    let missing: Vec<_> = PROGRAMS.iter().filter(|(program, _)| !there(program)).collect();
+/// Whether RUN steps can have a network; there is no other one that they get instead.
+pub(crate) fn check_network(network: &Network<'_>) -> Result<(), BaseError> {
+    let needed = match network {
+        Network::Host => &[],
+        Network::Nothing => &NETWORK_PROGRAMS[1..],
+        Network::Internet(_) => &NETWORK_PROGRAMS[..],
+    };
+    check_programs(needed).map_err(|error| match error {
+        BaseError::MissingPrograms { programs, packages } => BaseError::NoNetwork { programs, packages },
+        other => other,
+    })
+}
+
+fn check_programs(needed: &[(&str, &str)]) -> Result<(), BaseError> {
+    let there = |program: &str| sandbox::PATH.split(':').any(|dir| Path::new(dir).join(program).is_file());
+    let missing: Vec<_> = needed.iter().filter(|(program, _)| !there(program)).collect();
     if missing.is_empty() {
         return Ok(());
     }
-    let join = |pick: fn(&(&str, &str)) -> String, by: &str| missing.iter().map(|pair| pick(pair)).collect::<Vec<_>>().join(by);
+    let join = |pick: fn(&&(&str, &str)) -> String, by: &str| missing.iter().map(pick).collect::<Vec<_>>().join(by);
     Err(BaseError::MissingPrograms { programs: join(|pair| pair.0.to_owned(), ", "), packages: join(|pair| pair.1.to_owned(), " ") })
 }
 

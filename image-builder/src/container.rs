@@ -18,7 +18,7 @@ use crate::{
     dockerfile::{Dockerfile, ImageUse, Step},
     failure::{self, Stop},
     reference::Reference,
-    sandbox::{self, Ended, Job},
+    sandbox::{self, Ended, Job, Network},
 };
 
 /// Name of the result in the build's own store.
@@ -31,7 +31,7 @@ const BUILD: &str = r#"
 context=$1 dockerfile=$2 image=$3 base=$4
 shift 4
 [ $# = 0 ] || b tag "$base" "$@"
-b bud --isolation chroot --pull-never --no-cache --tag "$image" --file "$dockerfile" "$context"
+b bud --isolation chroot --cap-drop CAP_NET_RAW --cap-drop CAP_NET_ADMIN --pull-never --no-cache --tag "$image" --file "$dockerfile" "$context"
 "#;
 
 /// Where one build keeps its things. All of it goes when the build ends.
@@ -63,6 +63,8 @@ pub(crate) struct Build<'a> {
     pub store: &'a SharedStore,
     pub workspace: &'a Workspace,
     pub log: &'a mut BuildLog,
+    /// Which network RUN steps have.
+    pub network: Network<'a>,
     /// How long the build has, counted from when its base images are there.
     pub limit: Duration,
     pub deadline: Instant,
@@ -71,7 +73,7 @@ pub(crate) struct Build<'a> {
 
 impl Build<'_> {
     /// Runs a script with [`BUILDAH`] on this build's own store, stacked on the shared one.
-    pub async fn run(&mut self, script: &str, args: Vec<OsString>, line: &mut (dyn FnMut(&str) + Send)) -> Result<Ended, Stop> {
+    pub async fn run(&mut self, script: &str, args: Vec<OsString>, network: Network<'_>, line: &mut (dyn FnMut(&str) + Send)) -> Result<Ended, Stop> {
         let script = format!("{BUILDAH}{script}");
         let dir: &Path = &self.workspace.dir;
         let env = vec![
@@ -80,7 +82,7 @@ impl Build<'_> {
             ("DRIVER", self.store.driver().into()),
             ("SHARED", self.store.storage().into()),
         ];
-        let job = Job { script: &script, args, env, dir, deadline: self.deadline, cancel: self.cancel };
+        let job = Job { script: &script, args, env, dir, network, deadline: self.deadline, cancel: self.cancel };
         let log = &mut *self.log;
         let ended = sandbox::run(job, &mut |text| {
             log.line(text);
@@ -109,7 +111,7 @@ pub(crate) async fn build(build: &mut Build<'_>, dockerfile: &Dockerfile) -> Res
     let mut args = sandbox::args([&context, &path, &IMAGE, &resolved.base]);
     args.extend(resolved.aliases.into_iter().map(OsString::from));
     let mut seen = Seen::default();
-    match build.run(BUILD, args, &mut |line| seen.line(line)).await? {
+    match build.run(BUILD, args, build.network.clone(), &mut |line| seen.line(line)).await? {
         Ended::Exit(0) => Ok(()),
         Ended::DeadlinePassed => {
             let place = seen.step(dockerfile).map(|step| format!("; it was at {}", place(step))).unwrap_or_default();

@@ -6,19 +6,20 @@
 use std::{path::PathBuf, sync::Arc};
 
 use async_trait::async_trait;
-use model::Port;
+use model::{BuildNetwork, Egress, Port};
 use tokio::sync::OnceCell;
 use tokio_util::sync::CancellationToken;
 use vmm_runtime::engine::Engine;
 
 use crate::{
     BuildRequest, BuilderConfig, ImageRecord,
-    base::SharedStore,
+    base::{self, SharedStore},
     build_log::BuildLog,
     container::Workspace,
     failure::{self, Stop},
     image::BuildFacts,
     pipeline::{self, Inputs},
+    sandbox::Network,
 };
 
 /// One build.
@@ -57,6 +58,12 @@ impl RealBuilder {
     }
 
     async fn logged(&self, job: Job<'_>, log: &mut BuildLog) -> Result<Port, Stop> {
+        let network = match (self.config.network, job.request.rights.egress) {
+            (_, Egress::Nothing) | (BuildNetwork::Nothing, _) => Network::Nothing,
+            (BuildNetwork::Internet, Egress::Internet) => Network::Internet(&self.config.egress),
+            (BuildNetwork::Host, Egress::Internet) => Network::Host,
+        };
+        base::check_network(&network)?;
         let store = self.store.get_or_try_init(|| SharedStore::open(&self.config.base_dir)).await?;
         pipeline::run(Inputs {
             request: job.request,
@@ -68,6 +75,7 @@ impl RealBuilder {
             label: format!("{}-{}", job.record.name, job.record.version),
             snapshot: job.snapshot,
             facts: job.facts,
+            network,
             build_timeout: self.config.build_timeout,
             ready_timeout: self.config.ready_timeout,
             cancel: job.cancel,

@@ -25,7 +25,8 @@ mod scripted;
 
 use std::{collections::BTreeMap, path::PathBuf};
 
-use model::{Hooks, ImageName, ImageVersion, MemorySize, Rights};
+use model::{BuildNetwork, Hooks, ImageName, ImageVersion, MemorySize, Rights};
+use vmm_runtime::EgressPolicy;
 
 pub use base::{BaseError, ensure_base};
 pub use catalog::{Catalog, Lease, NotRunnable};
@@ -56,9 +57,14 @@ pub struct BuilderConfig {
     pub ready_timeout: std::time::Duration,
     /// How long the container build has.
     pub build_timeout: std::time::Duration,
+    /// Which network RUN steps have, unless their image may have none.
+    pub network: BuildNetwork,
+    /// What RUN steps reach if that is the internet.
+    pub egress: EgressPolicy,
 }
 
-/// Where the code of an image comes from.
+/// Where the code of an image comes from. Paths are those that were checked, without a symbolic link in them: the build, which may begin
+/// much later, follows none.
 #[derive(Debug, Clone)]
 pub enum Artifact {
     /// A zip file on this host.

@@ -34,7 +34,7 @@ use crate::{
     image::BuildFacts,
     image_config,
     rootfs,
-    sandbox,
+    sandbox::{self, Network},
 };
 
 /// Where an engine keeps what the app printed, below the directory of a boot. An engine that does not is no trouble.
@@ -58,6 +58,8 @@ pub(crate) struct Inputs<'a> {
     pub snapshot: PathBuf,
     /// What is found out on the way.
     pub facts: &'a mut BuildFacts,
+    /// Which network RUN steps have.
+    pub network: Network<'a>,
     pub build_timeout: Duration,
     pub ready_timeout: Duration,
     pub cancel: &'a CancellationToken,
@@ -65,7 +67,7 @@ pub(crate) struct Inputs<'a> {
 
 /// Returns the port that listened when the snapshot was taken.
 pub(crate) async fn run(inputs: Inputs<'_>) -> Result<Port, Stop> {
-    let Inputs { request, shape, store, engine, workspace, log, label, snapshot, facts, build_timeout, ready_timeout, cancel } = inputs;
+    let Inputs { request, shape, store, engine, workspace, log, label, snapshot, facts, network, build_timeout, ready_timeout, cancel } = inputs;
     let begun = Instant::now();
     let context = workspace.context();
     for dir in [&context, &workspace.boot()] {
@@ -75,7 +77,7 @@ pub(crate) async fn run(inputs: Inputs<'_>) -> Result<Port, Stop> {
     log.note(&format!("The archive was unpacked ({:.1} s).", begun.elapsed().as_secs_f64()));
 
     let step = Instant::now();
-    let mut build = Build { store, workspace, log, limit: build_timeout, deadline: Instant::now() + build_timeout, cancel };
+    let mut build = Build { store, workspace, log, network, limit: build_timeout, deadline: Instant::now() + build_timeout, cancel };
     container::build(&mut build, &dockerfile).await?;
     build.log.note(&format!("The container image was built ({:.1} s).", step.elapsed().as_secs_f64()));
 

@@ -14,7 +14,7 @@ use crate::{
     container::{Build, IMAGE},
     failure::{self, Stop},
     image_config::{self, ImageConfig},
-    sandbox::{self, Ended},
+    sandbox::{self, Ended, Network},
 };
 
 /// `$1` image, `$2` directory for the answers, `$3` disk, `$4` its size for mkfs.
@@ -50,7 +50,7 @@ pub(crate) async fn export(build: &mut Build<'_>, shape: Shape, exposed_order: &
     let args = sandbox::args([&IMAGE, &dir, &disk, &format!("{}G", shape.disk_gib)]);
     let (mut full, mut last) = (false, String::new());
     let ended = build
-        .run(EXPORT, args, &mut |line| {
+        .run(EXPORT, args, Network::Nothing, &mut |line| {
             full |= line.contains("Could not allocate") || line.contains("No space left on device");
             last = line.to_owned();
         })

@@ -5,11 +5,16 @@
 //!
 //! buildah's `chroot` isolation alone shows a RUN step the host's `/dev` and process ids. So everything runs in mount, pid,
 //! ipc and uts namespaces of its own, with a `/dev` of seven harmless devices; seccomp and the reduced capabilities are buildah's.
-//! The network is the host's, so that packages can be fetched.
+//! The network is what the job asks for (see [`network`]).
 //!
-//! The first process of the pid namespace (a shell) holds the *lifeline*: a pipe from this process. When the pipe closes,
-//! because a build is cancelled or because this process was killed, the shell ends, and with it the kernel ends every
-//! process of the namespace; its mounts go with the last of them.
+//! There are two pid namespaces, one in the other. In the outer one are its first process (a shell) and slirp4netns, which has the
+//! host's network and few powers; in the inner one is the job, which therefore cannot see them, trace them or borrow their network.
+//!
+//! The outer shell holds the *lifeline*: a pipe from this process. When the pipe closes, because a build is cancelled or because
+//! this process was killed, the shell ends, and with it the kernel ends every process of both namespaces; their mounts go
+//! with the last of them.
+
+mod network;
 
 use std::{
     ffi::{OsStr, OsString},
@@ -22,6 +27,8 @@ use std::{
 use tokio::{io::AsyncReadExt, process::Command, time::Instant};
 use tokio_util::sync::CancellationToken;
 
+pub(crate) use self::network::Network;
+
 /// Disk space that a build must leave to the host.
 const RESERVE_BYTES: u64 = 1 << 30;
 const DISK_CHECK_EVERY: Duration = Duration::from_secs(1);
@@ -32,12 +39,36 @@ const MAX_LINE_BYTES: usize = 4096;
 /// Says that the sandbox stands and that what follows is the output of the job.
 const READY: &str = "\u{1}sandbox-ready";
 
-/// Runs as the first process of the namespaces: `$1` is an empty directory, the rest is the job.
-const INIT: &str = r#"
+/// Runs as the first process of the outer namespaces: `$1` is the sandbox's directory, `$2` says which network the job has, the rest is
+/// for [`INNER`].
+const OUTER: &str = r#"
 set -eu
 exec 3<&0 </dev/null 2>&1
 echo 500 >/proc/self/oom_score_adj || :
-dev=$1; shift
+dir=$1 network=$2; shift 2
+inside() { if [ "$network" = host ]; then "$@"; else nsenter --net="$dir/net" -- "$@"; fi; }
+if [ "$network" != host ]; then
+    : >"$dir/net"
+    unshare --net="$dir/net" true
+    inside ip link set lo up
+fi
+if [ "$network" = internet ]; then
+    mkfifo "$dir/ready"
+    slirp4netns --configure --mtu=65520 --disable-host-loopback --enable-sandbox --enable-seccomp --ready-fd=4 --netns-type=path \
+        "$dir/net" tap0 3<&- 4>"$dir/ready" >"$dir/slirp.log" 2>&1 &
+    [ "$(head -c 1 "$dir/ready")" = 1 ] || { cat "$dir/slirp.log"; echo 'slirp4netns did not start'; exit 1; }
+    inside ip -batch "$dir/routes"
+fi
+inside unshare --mount --propagation private --pid --fork --mount-proc --ipc --uts "$@" 3<&- & job=$!
+{ cat <&3 >/dev/null; kill -KILL "$job"; } &
+exec 3<&-
+wait "$job"
+"#;
+
+/// Runs as the first process of the inner namespaces: `$1` is the sandbox's directory, the rest is the job.
+const INNER: &str = r#"
+set -eu
+dir=$1 dev=$1/dev; shift
 mount -t tmpfs -o mode=755,nosuid,noexec,size=64k dev "$dev"
 for name in null zero full random urandom tty; do : >"$dev/$name"; mount --bind "/dev/$name" "$dev/$name"; done
 mkdir "$dev/pts" "$dev/shm" "$dev/mqueue"
@@ -47,12 +78,15 @@ ln -s pts/ptmx "$dev/ptmx"
 ln -s /proc/self/fd "$dev/fd"
 ln -s fd/0 "$dev/stdin"; ln -s fd/1 "$dev/stdout"; ln -s fd/2 "$dev/stderr"
 mount --move "$dev" /dev
+# The one of the host shows the host's network cards.
+[ ! -e "$dir/net" ] || mount -t sysfs -o ro,nosuid,nodev,noexec sysfs /sys
+if [ -e "$dir/resolv.conf" ] && [ -e /etc/resolv.conf ]; then mount --bind "$dir/resolv.conf" /etc/resolv.conf; fi
 printf '\001sandbox-ready\n'
-"$@" 3<&- & job=$!
-{ cat <&3 >/dev/null; kill -KILL "$job"; } &
-exec 3<&-
-wait "$job"
+"$@" & wait "$!"
 "#;
+
+/// Where programs are looked for.
+pub(crate) const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Variables that decide how the outside world is reached; nothing else of this process's environment gets in.
 const PASSED_ON: [&str; 6] = ["http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"];
@@ -64,8 +98,9 @@ pub(crate) struct Job<'a> {
     pub args: Vec<OsString>,
     /// Added to the clean environment.
     pub env: Vec<(&'static str, OsString)>,
-    /// Belongs to this job alone: the sandbox keeps its home, its temporary files and the place of `/dev` in it.
+    /// Belongs to this job alone: the sandbox keeps its home, its temporary files and its own things in it.
     pub dir: &'a Path,
+    pub network: Network<'a>,
     pub deadline: Instant,
     pub cancel: &'a CancellationToken,
 }
@@ -86,7 +121,10 @@ pub(crate) enum Ended {
 pub(crate) enum SandboxError {
     #[error("{doing} failed")]
     Io { doing: String, source: io::Error },
-    #[error("the sandbox for builds could not be set up ({output}); builds need root, util-linux and a kernel with namespaces")]
+    #[error(
+        "the sandbox for builds could not be set up ({output}); builds need root, util-linux and a kernel with namespaces and, \
+         where build.network is not \"host\", iproute2, slirp4netns and /dev/net/tun"
+    )]
     Setup { output: String },
 }
 
@@ -96,11 +134,15 @@ pub(crate) async fn run(job: Job<'_>, line: &mut (dyn FnMut(&str) + Send)) -> Re
         let doing = doing.to_owned();
         move |source| SandboxError::Io { doing, source }
     };
-    let (dev, home, tmp) = (job.dir.join("sandbox-dev"), job.dir.join("home"), job.dir.join("tmp"));
-    for dir in [&dev, &home, &tmp] {
+    let (home, tmp) = (job.dir.join("home"), job.dir.join("tmp"));
+    for dir in [&home, &tmp] {
         std::fs::create_dir_all(dir).map_err(io("making directories for the sandbox"))?;
     }
-    let mut child = command(&job, &dev, &home, &tmp).spawn().map_err(io("starting unshare(1)"))?;
+    // A fresh one for each job in the directory.
+    let own = tempfile::Builder::new().prefix("sandbox-").tempdir_in(job.dir).map_err(io("making a directory for the sandbox"))?;
+    std::fs::create_dir(own.path().join("dev")).map_err(io("making directories for the sandbox"))?;
+    job.network.prepare(own.path()).await?;
+    let mut child = command(&job, own.path(), &home, &tmp).spawn().map_err(io("starting unshare(1)"))?;
     // Both are piped, so both are there.
     let (Some(lifeline), Some(mut output)) = (child.stdin.take(), child.stdout.take()) else {
         return Err(SandboxError::Setup { output: "unshare(1) has no pipes".to_owned() });
@@ -150,14 +192,15 @@ pub(crate) async fn run(job: Job<'_>, line: &mut (dyn FnMut(&str) + Send)) -> Re
     Ok(stopped.unwrap_or(Ended::Exit(code)))
 }
 
-fn command(job: &Job<'_>, dev: &Path, home: &Path, tmp: &Path) -> Command {
+fn command(job: &Job<'_>, own: &Path, home: &Path, tmp: &Path) -> Command {
     // A build must not take the CPU from microVMs that answer requests. The outer shell joins the two streams.
-    let unshare = "exec nice -n 10 unshare --mount --propagation private --pid --fork --kill-child --mount-proc --ipc --uts \"$@\" 2>&1";
+    let unshare = "exec nice -n 10 unshare --mount --propagation private --pid --fork --kill-child --mount-proc \"$@\" 2>&1";
     let mut command = Command::new("sh");
-    command.args(["-c", unshare, "dormouse-build", "sh", "-c", INIT, "dormouse-build"]).arg(dev);
+    command.args(["-c", unshare, "dormouse-build", "sh", "-c", OUTER, "dormouse-build"]).arg(own).arg(job.network.word());
+    command.args(["sh", "-c", INNER, "dormouse-build"]).arg(own);
     command.args(["sh", "-euc", job.script, "dormouse-build"]).args(&job.args);
     command.env_clear();
-    command.env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin").env("LANG", "C.UTF-8");
+    command.env("PATH", PATH).env("LANG", "C.UTF-8");
     command.env("HOME", home).env("TMPDIR", tmp).env("XDG_RUNTIME_DIR", tmp);
     for name in PASSED_ON {
         if let Some(value) = std::env::var_os(name) {

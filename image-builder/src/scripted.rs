@@ -42,6 +42,8 @@ impl ScriptedBuilds {
             max_versions: 5,
             ready_timeout: Duration::from_secs(1),
             build_timeout: Duration::from_secs(1),
+            network: Default::default(),
+            egress: Default::default(),
         }
     }
 

@@ -21,7 +21,7 @@ pub use hooks::{Hook, Hooks, RunPayload};
 pub use ids::{EndpointId, Generation, ImageName, ImageVersion, MicrovmId, ParseIdError};
 pub use policy::{IdlePolicy, MAX_DURATION, SuspendHookFailure};
 pub use port::{Door, Port, PortRange, PortScope};
-pub use rights::{Capabilities, Egress, Rights};
+pub use rights::{BuildNetwork, Capabilities, Egress, Rights};
 pub use size::{MemorySize, Shape};
 pub use state::MicrovmState;
 pub use usage::{Cost, Prices, Usage};

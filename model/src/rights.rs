@@ -35,3 +35,15 @@ pub enum Egress {
     /// The internet, and what the operator adds; never the host itself, nor private networks.
     Internet,
 }
+
+/// Which network the RUN steps of an image's build have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum BuildNetwork {
+    /// What a guest with [`Egress::Internet`] reaches.
+    #[default]
+    Internet,
+    /// None but a loopback of their own.
+    Nothing,
+    /// The host's, its loopback included.
+    Host,
+}

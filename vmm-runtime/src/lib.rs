@@ -16,3 +16,5 @@ pub mod kvm;
 pub mod loopback;
 pub mod qemu;
 pub mod snapshot;
+
+pub use host::EgressPolicy;

@@ -40,6 +40,13 @@ pub struct EgressPolicy {
 }
 
 impl EgressPolicy {
+    /// What is closed whatever host this is, but for networks that the operator has opened as a whole. The host's own addresses
+    /// come on top.
+    pub fn closed(&self) -> Vec<Ipv4Net> {
+        let opened = |network: &Ipv4Net| self.also.iter().any(|open| open.contains(&IpNet::V4(*network)));
+        CLOSED.iter().filter(|network| !opened(network)).copied().collect()
+    }
+
     /// Whether a guest may connect there.
     pub fn allows(&self, ip: IpAddr) -> bool {
         if self.also.iter().any(|network| network.contains(&ip)) {
@@ -90,6 +97,14 @@ mod tests {
         let policy = EgressPolicy { also: vec!["10.1.0.0/16".parse().unwrap(), "127.0.0.9/32".parse().unwrap()], ..EgressPolicy::default() };
         check(&policy, &["10.1.2.3", "127.0.0.9"], true);
         check(&policy, &["10.2.0.1", "127.0.0.1"], false);
+    }
+
+    #[test]
+    fn only_what_is_opened_as_a_whole_is_not_closed() {
+        let policy = EgressPolicy { also: vec!["10.0.0.0/7".parse().unwrap(), "192.168.7.0/24".parse().unwrap()], ..EgressPolicy::default() };
+        let closed: Vec<String> = policy.closed().iter().map(ToString::to_string).collect();
+        assert!(!closed.contains(&"10.0.0.0/8".to_owned()) && closed.contains(&"192.168.0.0/16".to_owned()), "{closed:?}");
+        assert_eq!(closed.len() + 1, EgressPolicy::default().closed().len());
     }
 
     #[test]

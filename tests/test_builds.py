@@ -1,0 +1,80 @@
+"""What the RUN steps of a Dockerfile can reach: the internet, and nothing of the node, its host or its neighbours.
+
+The node of these tests is told nothing about the network of builds; the image's connector is all that differs.
+"""
+import socket
+
+import pytest
+
+from harness import images
+from harness.node import Node
+
+BASE = "FROM public.ecr.aws/lambda/microvms:al2023-minimal\n"
+# Says of each address whether a connection could be made: as any program does it, and past the routes, bound to the card itself.
+PROBE = '''
+import socket, sys
+print("capabilities", [line.split()[1] for line in open("/proc/self/status") if line.startswith("CapEff")][0])
+for at in sys.argv[1:]:
+    for card in [b"", b"tap0"]:
+        host, port = at.rsplit(":", 1)
+        with socket.socket() as client:
+            client.settimeout(5)
+            try:
+                if card:
+                    client.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, card)
+                client.connect((host, int(port)))
+                print(at, card.decode() or "plain", "open")
+            except OSError as error:
+                print(at, card.decode() or "plain", "closed", error)
+'''
+# CAP_NET_ADMIN and CAP_NET_RAW, by which a process could make itself other routes or packets.
+NET_ADMIN, NET_RAW = 1 << 12, 1 << 13
+NO_EGRESS = "arn:aws:lambda:{}:aws:network-connector:aws-network-connector:NO_EGRESS"
+
+
+def log_of(node, name, steps, **request):
+    """Runs these steps and one more that fails, so that no guest is booted; the build's log."""
+    dockerfile = BASE + "COPY probe.py /\n" + "".join(f"RUN {step}\n" for step in [*steps, "exit 7"])
+    archive = images.zip_of(**{"Dockerfile": dockerfile, "probe.py": PROBE})
+    with pytest.raises(images.BuildFailed, match="exit status 7"):
+        images.build(node, name, archive, **request)
+    return (node.data_dir / "images" / name / "1.0" / "build.log").read_text().splitlines()
+
+
+def host_address():
+    """The address by which this host is known outside, if it has one."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        try:
+            client.connect(("198.51.100.1", 9))
+        except OSError:
+            return []
+        return [client.getsockname()[0]]
+
+
+def test_a_run_step_reaches_the_internet_and_nothing_of_the_node(node):
+    ports = [address.rsplit(":", 1)[1] for address in (node.api, node.admin, node.edge)]
+    # 10.0.2.2 and .3 are how slirp4netns is asked for the host.
+    at = [f"{host}:{port}" for host in ["127.0.0.1", "10.0.2.2", "10.0.2.3", *host_address()] for port in ports] + ["169.254.169.254:80", "10.0.0.1:80", "192.168.0.1:80"]
+    log = log_of(node, "curious", [f"python3 /probe.py {' '.join(at)}", "apt-get update", "ls /sys/class/net"])
+    said = [line for line in log if line.split()[0] in at and line.split()[1] in ("plain", "tap0")]
+    assert len(said) == 2 * len(at), log
+    assert [line for line in said if line.split()[2] != "closed"] == []
+    capabilities = int(next(line.split()[1] for line in log if line.startswith("capabilities ")), 16)
+    assert capabilities & (NET_ADMIN | NET_RAW) == 0, hex(capabilities)
+    # Names and the internet are there: the mirror's lists were fetched.
+    assert any(line.startswith("Fetched ") for line in log) and not any(line.startswith(("Err:", "W: ")) for line in log), log
+    assert "eth0" not in log
+
+
+def test_an_image_with_no_egress_is_built_without_a_network(node):
+    connectors = [NO_EGRESS.format(node.client().meta.region_name)]
+    log = log_of(node, "shy", ["python3 /probe.py 127.0.0.1:80", "ls /sys/class/net"], egressNetworkConnectors=connectors)
+    assert log[log.index(next(line for line in log if "ls /sys/class/net" in line)) + 1] == "lo"
+
+
+@pytest.mark.parametrize("network, word", [("host", "open"), ("none", "closed")])
+def test_what_the_operator_says_of_the_network_is_done(run_dir, network, word):
+    """`host` is the host's, admin listener and all, by which the tests above are known to be able to fail; `none` is none."""
+    with Node(run_dir / f"network-{network}", more=f'[build]\nnetwork = "{network}"\n') as node:
+        log = log_of(node, "curious", [f"python3 /probe.py {node.admin}"])
+        assert any(line.startswith(f"{node.admin} plain {word}") for line in log), log
