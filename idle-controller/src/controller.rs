@@ -421,6 +421,7 @@ async fn take(node: &Arc<Node>, spec: RunSpec, ticket: Ticket) -> Result<Microvm
         egress: spec.egress,
         hooks: spec.hooks,
         run_due,
+        resume_due: false,
         request: spec.request,
         keep_output: spec.keep_output,
         size: spec.size,

@@ -326,6 +326,10 @@ impl Driver {
                         operation.cancel.cancel();
                     }
                 }
+                Effect::TellAwake => {
+                    let vm = self.vm.clone().expect("the machine tells only what was adopted, and what was adopted has a VM");
+                    self.begin(Kind::Suspend, |_| operations::tell_awake(record, vm).boxed());
+                }
                 Effect::Inspect => {
                     let fallen = self.vm.clone();
                     self.begin(Kind::Inspect, |_| operations::inspect(node, record, fallen).boxed());

@@ -146,6 +146,11 @@ pub(crate) async fn suspend(
     Outcome::Suspend(told::suspended(&node, &record, vm.as_ref(), sample, cancel).await)
 }
 
+/// The end of a suspend that an earlier process of ours had begun: its `/resume`.
+pub(crate) async fn tell_awake(record: Record, vm: Arc<dyn Vm>) -> Outcome {
+    Outcome::Suspend(told::awake_after_all(&record, vm.as_ref()).await)
+}
+
 /// Whether there is something to fall back on after the death of `fallen`.
 pub(crate) async fn inspect(node: Arc<Node>, record: Record, fallen: Option<Arc<dyn Vm>>) -> Outcome {
     if let Some(vm) = fallen {

@@ -8,7 +8,7 @@
 //! | PENDING, its `/run` hook not answered | ended by the sweep: nobody had reached it | – | launched once more |
 //! | PENDING | yes | – | RUNNING |
 //! | PENDING | no | – | TERMINATED, with a reason |
-//! | RUNNING (or was suspending) | yes | – | RUNNING |
+//! | RUNNING (or was suspending) | yes | – | RUNNING; if its app may have heard `/suspend`, once `/resume` has answered |
 //! | RUNNING (or was suspending) | no | yes | SUSPENDED; with a reason if the snapshot is older than what ran |
 //! | RUNNING (or was suspending) | no | no | TERMINATED, with a reason |
 //! | SUSPENDED (or was waking) | ended by the sweep: nobody had reached it | – | SUSPENDED |
@@ -82,6 +82,7 @@ pub(crate) async fn recover(node: &Node, record: Record, usage: Option<SavedUsag
                 }
             };
             match (adopted, &record.state) {
+                (Some(vm), _) if record.resume_due => (Machine::adopted_in_suspend(policy, generation), Some(vm), vec![Effect::TellAwake]),
                 (Some(vm), _) => (Machine::adopted(policy, generation, now), Some(vm), vec![]),
                 (None, SavedState::Pending) => {
                     let reason = EndReason::LaunchFailed("the node was restarted before it ran".to_owned());

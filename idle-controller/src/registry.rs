@@ -62,6 +62,9 @@ pub(crate) struct Record {
     /// What `/run` is to be sent; `None` once it has answered, or if nobody asked for the call.
     #[serde(default)]
     pub(crate) run_due: Option<RunDue>,
+    /// Its app may have heard `/suspend` and not `/resume` since: written before the one is called and after the other.
+    #[serde(default)]
+    pub(crate) resume_due: bool,
     pub(crate) request: serde_json::Value,
     /// Records of older programs lack it; they kept all output.
     #[serde(default = "yes")]
@@ -376,6 +379,7 @@ mod tests {
             egress: Egress::Internet,
             hooks: Some(Hooks { run: Some(Duration::from_secs(1)), ..Hooks::none(model::Port::DEFAULT) }),
             run_due: Some(RunDue { payload: Some(RunPayload("for /run".to_owned())) }),
+            resume_due: false,
             request: serde_json::json!({"clientToken": "t", "tags": [1, null]}),
             keep_output: false,
             size: MemorySize::DEFAULT,

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
-use model::{MicrovmState, chain};
+use model::{Hook, MicrovmState, chain};
 
 use super::Driver;
 use crate::{
@@ -31,7 +31,8 @@ impl Driver {
     /// Makes durable what `machine` would say, if that differs from what is durable.
     pub(super) async fn save(&mut self, machine: &Machine) -> Result<(), WriteError> {
         let record = Self::record_of(&self.node, &self.record, machine);
-        if record.state == self.record.state && record.generation == self.record.generation {
+        let before = &self.record;
+        if record.state == before.state && record.generation == before.generation && record.resume_due == before.resume_due {
             return Ok(());
         }
         // A start that cannot be recorded is undone, so the record is taken over only then.
@@ -86,9 +87,13 @@ impl Driver {
         };
         // Whatever follows PENDING, its hook has answered or is not heard any more: what it was sent is a secret to forget.
         let run_due = if state == SavedState::Pending { before.run_due.clone() } else { None };
+        // Of a suspend that is under way nobody knows any more, after a crash, whether the app has been told.
+        let may_be_told = matches!(machine.phase(), Phase::Suspending { .. } | Phase::TakingBack { .. });
+        let resume_due = may_be_told && before.hooks.is_some_and(|hooks| hooks.timeout(Hook::Suspend).is_some() && hooks.timeout(Hook::Resume).is_some());
         Record {
             generation: machine.generation(),
             run_due,
+            resume_due,
             state,
             saved_at: wall,
             lived: policy.max_duration.saturating_sub(policy.ends_at.saturating_duration_since(now)),

@@ -106,6 +106,8 @@ pub(crate) enum Effect {
     Suspend,
     /// Tell the suspend in flight to undo itself if it still can. Its outcome says whether it did.
     TakeBack,
+    /// Tell the app of one that was adopted that it does not sleep after all → `TakenBack`, `HookFailed`, `Exited`.
+    TellAwake,
     /// Restore it from its snapshot, and tell the app → `Started`, `StartFailed`, `HookFailed`, `SnapshotDamaged`.
     Restore,
     /// Look for a committed snapshot → `Inspected`.

@@ -75,6 +75,13 @@ impl Machine {
         Self { phase, generation, policy }
     }
 
+    /// The same of one whose app may have been told to sleep: perform [`Effect::TellAwake`]. Nothing else reaches it before.
+    pub(crate) fn adopted_in_suspend(policy: Policy, generation: Generation) -> Self {
+        // A suspend that does not go on cannot come too late; what follows then is never asked.
+        let phase = Phase::TakingBack { committed: AfterTakeBack::Sleep, next: AfterStart::Serve, failures: 0 };
+        Self { phase, generation, policy }
+    }
+
     /// One that an earlier process of ours left asleep, with `asleep_for` used up of its suspended duration.
     pub(crate) fn asleep(policy: Policy, generation: Generation, asleep_for: Duration, reason: Option<String>, now: Instant) -> Self {
         let until = policy.idle.map(|idle| now + idle.suspended.saturating_sub(asleep_for));

@@ -79,6 +79,14 @@ pub(super) async fn suspended(
     }
 }
 
+/// Tells the app of a microVM that was adopted in the middle of a suspend that it is awake.
+pub(super) async fn awake_after_all(record: &Record, vm: &dyn Vm) -> Result<SuspendOutcome, OperationError> {
+    if let Some(hooks) = record.hooks.filter(|hooks| hooks.timeout(Hook::Resume).is_some()) {
+        hooks::call(vm, &hooks, Hook::Resume, None).await.map_err(disagreed)?;
+    }
+    Ok(SuspendOutcome::TakenBack)
+}
+
 fn disagreed(failed: HookFailed) -> OperationError {
     match failed.outcome {
         Outcome::Ended(exit) => EngineError::Ended { step: "a lifecycle hook", exit }.into(),

@@ -315,6 +315,51 @@ async fn an_app_that_was_told_to_sleep_and_stays_awake_is_told_that_too() {
 }
 
 #[tokio::test]
+async fn a_crash_after_suspend_was_called_tells_the_app_that_it_is_awake_before_anything_else_reaches_it() {
+    let mut node = Node::start().await;
+    let app = App::start(&node).await;
+    let before = running(&node, with(&[Hook::Suspend, Hook::Resume])).await;
+    let hold = node.engine.hold_suspends(SuspendStep::BeforeCommit);
+    before.suspend().await.unwrap();
+    hold.arrived(1).await;
+    node.crash();
+    drop(hold);
+    app.slow.send_replace(true);
+    node.open().await;
+    let handle = node.again(&before);
+    let waiting = request(&handle).await;
+    app.hears(2).await;
+    assert!(!waiting.is_finished() && handle.view().state == MicrovmState::Suspending);
+    // A crash in the middle of that says it again.
+    node.crash();
+    node.open().await;
+    let handle = node.again(&before);
+    let waiting = request(&handle).await;
+    app.hears(3).await;
+    app.slow.send_replace(false);
+    assert_eq!(waiting.await.unwrap().unwrap().generation(), Generation(0));
+    settles(&handle, MicrovmState::Running).await;
+    assert_eq!(app.heard(), ["suspend", "resume", "resume"]);
+    // And once it has answered, no more.
+    node.crash();
+    node.open().await;
+    settles(&node.again(&before), MicrovmState::Running).await;
+    assert_eq!((app.heard().len(), node.engine.counts().adoptions), (3, 3));
+
+    // One that does not agree runs on, with the reason.
+    let before = node.again(&before);
+    let hold = node.engine.hold_suspends(SuspendStep::BeforeCommit);
+    before.suspend().await.unwrap();
+    hold.arrived(1).await;
+    node.crash();
+    drop(hold);
+    app.will_answer(Hook::Resume, 500);
+    node.open().await;
+    let reason = settles(&node.again(&before), MicrovmState::Running).await.state_reason.unwrap();
+    assert!(reason.contains("500"), "{reason}");
+}
+
+#[tokio::test]
 async fn an_app_that_is_awake_is_told_of_its_end() {
     let node = Node::start().await;
     let app = App::start(&node).await;

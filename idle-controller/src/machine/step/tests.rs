@@ -289,6 +289,7 @@ impl Model {
                             assert_ne!(self.in_flight, Some(Operation::Destroy), "destroyed twice");
                             self.in_flight = Some(Operation::Destroy);
                         }
+                        Effect::TellAwake => panic!("only a start of the node has this told"),
                         Effect::Release | Effect::Fail(_) => self.waiting = 0,
                         Effect::Forget => self.forgotten = true,
                     }
