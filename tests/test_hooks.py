@@ -30,11 +30,12 @@ def archive():
 
 @pytest.fixture(scope="module")
 def builds(node):
-    """Three images of the app at once: one that comes to be, and two whose hooks do not let it."""
+    """Images of the app at once: one that comes to be, and three whose hooks do not let it."""
     slow = ALL | {"microvmImageHooks": {"ready": "ENABLED", "readyTimeoutInSeconds": 3}, "microvmHooks": {}}
     return {
         "good": images.start_build(node, "hooks", archive(), hooks=ALL, environmentVariables={"READY": "503,503,200", "VALIDATE": "503,200"}),
         "broken": images.start_build(node, "hooks-broken", archive(), hooks=ALL, environmentVariables={"READY": "500,200"}),
+        "invalid": images.start_build(node, "hooks-invalid", archive(), hooks=ALL, environmentVariables={"VALIDATE": "500"}),
         "never": images.start_build(node, "hooks-never", archive(), hooks=slow, environmentVariables={"READY": "503"}),
     }
 
@@ -82,13 +83,18 @@ def test_a_build_waits_until_the_app_is_ready_and_asks_a_clone_whether_it_is_goo
     assert version["hooks"] == ALL, "the API shows what was asked for"
 
 
-def test_a_ready_hook_that_fails_or_never_agrees_fails_the_build(node, builds):
+def test_a_hook_that_fails_or_never_agrees_fails_the_build_and_leaves_nothing(node, builds):
     with pytest.raises(images.BuildFailed, match=r"Ready hook check failed: the application returned a server error \(HTTP 5xx\) response"):
         images.finish_build(node, builds["broken"])
     with pytest.raises(images.BuildFailed, match=r"Ready hook invocation timed out after PT3S"):
         images.finish_build(node, builds["never"])
-    for name in ("hooks-broken", "hooks-never"):
-        assert not (node.data_dir / "images" / name / "1.0" / "snapshot").exists()
+    with pytest.raises(images.BuildFailed, match=r"Validate hook check failed: the application returned a server error \(HTTP 5xx\) response"):
+        images.finish_build(node, builds["invalid"])
+    for name in ("hooks-broken", "hooks-never", "hooks-invalid"):
+        snapshot = node.data_dir / "images" / name / "1.0" / "snapshot"
+        assert not snapshot.exists()
+        # No VMM waits ready for what will never run, or holds its memory file.
+        eventually(f"no process of {name} to be left", lambda: not node.processes(of=snapshot), within=10)
 
 
 # -- run --------------------------------------------------------------------------------------------------------------

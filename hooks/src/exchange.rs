@@ -62,6 +62,11 @@ fn request(port: Port, hook: Hook, body: Option<Bytes>) -> Request<Full<Bytes>> 
     let headers = request.headers_mut();
     headers.insert(HOST, format!("localhost:{port}").try_into().expect("a number and letters are a header's value"));
     headers.insert(CONNECTION, http::HeaderValue::from_static("close"));
+    // AWS's are made by a client that numbers its requests; of the others none was seen (aws-behaviour §4).
+    if hook == Hook::Ready {
+        let id = uuid::Uuid::new_v4().to_string();
+        headers.insert("x-amzn-requestid", id.try_into().expect("a UUID is a header's value"));
+    }
     match body {
         Some(_) => _ = headers.insert(CONTENT_TYPE, http::HeaderValue::from_static("application/json")),
         None => _ = headers.insert(CONTENT_LENGTH, http::HeaderValue::from_static("0")),

@@ -132,6 +132,17 @@ async fn each_call_is_a_post_of_its_own_connection() {
 }
 
 #[tokio::test]
+async fn each_try_of_ready_has_a_number_of_its_own() {
+    let bench = Bench::answering(&[503, 200]).await;
+    bench.call(Hook::Ready, LONG, None).await.unwrap();
+    bench.call(Hook::Validate, LONG, None).await.unwrap();
+    let heard = bench.heard.lock();
+    let numbers: Vec<Option<&str>> = heard.iter().map(|call| call.headers.get("x-amzn-requestid").map(|id| id.to_str().unwrap())).collect();
+    let [Some(first), Some(second), None] = numbers[..] else { panic!("{numbers:?}") };
+    assert!(first != second && first.len() == 36, "{numbers:?}");
+}
+
+#[tokio::test]
 async fn a_run_without_a_payload_has_an_empty_one() {
     let body: serde_json::Value = serde_json::from_slice(&run_body(MicrovmId::random(), None)).unwrap();
     assert_eq!(body["runHookPayload"], "");
