@@ -174,13 +174,16 @@ pub async fn open(asked: Token) -> Result<()> {
     if let Some(resolve) = resolve(&endpoint, api.place.edge.as_deref())? {
         command.extend(["--resolve".to_owned(), quoted(&resolve)]);
     }
-    command.extend(["-H".to_owned(), quoted(&format!("{name}: {token}"))]);
+    // On the command's standard input: what stands on a command line is read by everybody who runs ps.
+    command.extend(["-H".to_owned(), "@-".to_owned()]);
+    let mut headers = vec![format!("{name}: {token}")];
     // A token for other ports than the usual one is for the first of them.
     if let Some(port) = asked.port.first().and_then(|port| port.split('-').next()).filter(|port| *port != "all" && *port != "8080") {
-        command.extend(["-H".to_owned(), quoted(&format!("X-aws-proxy-port: {port}"))]);
+        headers.push(format!("X-aws-proxy-port: {port}"));
     }
     command.push(quoted(&format!("https://{endpoint}/")));
-    let command = command.join(" ");
+    // No header has a line that is the mark of the end: a token is one word of other letters.
+    let command = format!("{} <<'EOF'\n{}\nEOF", command.join(" "), headers.join("\n"));
     if asked.at.json { print::json(&json!({"microvmId": id, "endpoint": endpoint, "curl": command})) } else { print::line(&command) }
 }
 
