@@ -7,6 +7,7 @@
 use std::{panic::AssertUnwindSafe, path::Path};
 
 use axum::{body::Body, response::Response};
+use base64::{Engine as _, prelude::BASE64_URL_SAFE_NO_PAD};
 use futures::FutureExt as _;
 use http::{HeaderValue, Request, StatusCode, header};
 use s3s::{
@@ -84,11 +85,47 @@ impl S3Access for PlainKeys {
     }
 }
 
+/// Removes what the store keeps beside its objects and what is not about them as they are: of objects that are not there any more (it
+/// leaves that when one is deleted), and of those that were replaced when the node was killed, since it writes the object first. No
+/// client reads an object against the checksum of another.
+fn forget_past(dir: &Path) -> std::io::Result<()> {
+    for entry in std::fs::read_dir(dir)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let object = name.to_str().and_then(object_of);
+        if let Some((bucket, key)) = object
+            && !is_about(&entry.metadata()?, &dir.join(bucket).join(key))?
+        {
+            std::fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether what is kept was written after the object.
+fn is_about(kept: &std::fs::Metadata, object: &Path) -> std::io::Result<bool> {
+    match std::fs::metadata(object) {
+        Err(error) if matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) => Ok(false),
+        object => Ok(kept.modified()? >= object?.modified()?),
+    }
+}
+
+/// The bucket and the key that a file of s3s-fs 0.14 beside the buckets is about, `.bucket-<base64>.object-<base64>.<what>.json`.
+/// Those of uploads under way, which have one more part, are of objects that may yet come.
+fn object_of(name: &str) -> Option<(String, String)> {
+    let parts: Vec<&str> = name.strip_prefix('.')?.split('.').collect();
+    let [bucket, object, "metadata" | "internal", "json"] = parts[..] else { return None };
+    let text = |encoded: &str| String::from_utf8(BASE64_URL_SAFE_NO_PAD.decode(encoded).ok()?).ok();
+    let (bucket, key) = (text(bucket.strip_prefix("bucket-")?)?, text(object.strip_prefix("object-")?)?);
+    plain(&key).is_ok().then_some((bucket, key))
+}
+
 impl S3Endpoint {
     /// Opens the store; its directory is made if it is missing.
     pub(crate) fn open(dir: &Path, keys: AccessKeys) -> Result<Self, OpenError> {
         let error = |what: &str, source| OpenError { doing: format!("{what} the S3 directory {}", dir.display()), source };
         std::fs::create_dir_all(dir).map_err(|cause| error("making", Box::new(cause)))?;
+        forget_past(dir).map_err(|cause| error("tidying", Box::new(cause)))?;
         let store = FileSystem::new(dir).map_err(|cause| error("opening", format!("{cause:?}").into()))?;
         let mut builder = S3ServiceBuilder::new(store);
         builder.set_auth(Keys(keys.clone()));
@@ -111,5 +148,36 @@ impl S3Endpoint {
         *response.status_mut() = StatusCode::INTERNAL_SERVER_ERROR;
         response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/xml"));
         response
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_kept_of_an_object_goes_with_it() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(dir.path().join("code/a")).unwrap();
+        std::fs::write(dir.path().join("code/a/b.zip"), "zip").unwrap();
+        let beside = |bucket: &str, key: &str, what: &str| {
+            let text = |text: &str| BASE64_URL_SAFE_NO_PAD.encode(text);
+            format!(".bucket-{}.object-{}.{what}.json", text(bucket), text(key))
+        };
+        let upload = beside("code", "c.zip", "upload-0e5dd0a8-0f4d-4ac4-9f25-e0b5e06a1c3d.metadata");
+        let kept = [beside("code", "a/b.zip", "internal"), beside("code", "a/b.zip", "metadata"), upload, ".something".to_owned()];
+        let goes = [beside("code", "gone.zip", "internal"), beside("gone", "a", "metadata")];
+        for name in kept.iter().chain(&goes) {
+            std::fs::write(dir.path().join(name), "{}").unwrap();
+        }
+        let older = beside("code", "new.zip", "internal");
+        std::fs::write(dir.path().join(&older), "{}").unwrap();
+        let object = std::fs::File::create(dir.path().join("code/new.zip")).unwrap();
+        object.set_modified(std::time::SystemTime::now() + std::time::Duration::from_secs(1)).unwrap();
+        forget_past(dir.path()).unwrap();
+        assert!(!dir.path().join(&older).exists(), "the checksum of what was there before");
+        assert!(kept.iter().all(|name| dir.path().join(name).exists()));
+        assert!(goes.iter().all(|name| !dir.path().join(name).exists()));
+        assert!(dir.path().join("code/a/b.zip").exists());
     }
 }
