@@ -75,6 +75,7 @@ pub fn serve(serve: Serve) -> Result<()> {
         (listeners, Some(predecessor), None)
     } else {
         let held = lock(&data_dir)?;
+        files::remove_leftovers(&data_dir)?;
         (Listeners::open(config)?, None, Some(held))
     };
     loop {

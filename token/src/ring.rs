@@ -93,6 +93,8 @@ impl KeyRing {
     pub fn open_or_create(path: &Path) -> Result<Self, KeyRingError> {
         let file = RingFile { path };
         let _lock = file.lock()?;
+        // Of a writer that was killed: with the lock held there is no other. It may hold a key.
+        let _ = fs::remove_file(file.sibling("new"));
         let saved = match file.read()? {
             Some(saved) => saved,
             None => {

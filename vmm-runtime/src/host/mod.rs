@@ -302,6 +302,7 @@ impl<B: Backend> Engine for ProcessEngine<B> {
         for entry in fs::read_dir(&run_dir).map_err(doing)? {
             let dir = entry.map_err(doing)?.path();
             if !wanted.iter().any(|process| process.dir() == dir) {
+                record::disown(&dir);
                 cgroup::remove_process_dir(&dir);
             }
         }

@@ -82,6 +82,17 @@ pub fn owner_of(process_dir: &Path) -> Option<Owner> {
     (record.identity.dir == process_dir).then_some(owner)
 }
 
+/// Makes the microVM forget the process of this directory, which has ended: its own record, if it is of that process, and the half
+/// of one that a `serve` which was killed has left. Not for a microVM that is being started.
+pub fn disown(process_dir: &Path) {
+    let Ok(Some(owner)) = read::<Owner>(&process_dir.join(OWNER)) else { return };
+    // As it is named while it is written (see `atomic::replace_file`).
+    let _ = fs::remove_file(owner.dir.join(RECORD).with_extension("tmp"));
+    if owner_of(process_dir).is_some() {
+        remove(&owner.dir);
+    }
+}
+
 /// Forgets the process of a microVM.
 pub fn remove(dir: &Path) {
     match fs::remove_file(dir.join(RECORD)) {
