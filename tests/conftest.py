@@ -148,3 +148,7 @@ def pytest_runtest_makereport(item, call):
     if report.failed:
         for node in live:
             report.sections.append((f"last lines of {node.log}", node.log_tail()))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--kills", choices=["some", "all"], default="some", help="how many of all steps test_kills.py kills the node at")
