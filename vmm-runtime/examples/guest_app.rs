@@ -29,6 +29,8 @@ mod c {
 
 static COUNTER: AtomicU64 = AtomicU64::new(0);
 static MEMORY: Mutex<Vec<u64>> = Mutex::new(Vec::new());
+/// A connection to somewhere outside.
+static OUTSIDE: Mutex<Option<TcpStream>> = Mutex::new(None);
 
 fn random() -> io::Result<String> {
     let mut bytes = [0; 32];
@@ -119,6 +121,34 @@ fn ask_network(to: &str, text: &str) -> io::Result<String> {
     Err(last)
 }
 
+/// Connects to an address and says something.
+fn say_outside(to: &str, text: &str) -> io::Result<TcpStream> {
+    let mut stream = TcpStream::connect(to)?;
+    stream.set_read_timeout(Some(Duration::from_secs(20)))?;
+    stream.write_all(text.as_bytes())?;
+    Ok(stream)
+}
+
+/// What is answered until the end of the connection.
+fn fetch(to: &str, text: &str) -> io::Result<String> {
+    let mut stream = say_outside(to, text)?;
+    stream.shutdown(std::net::Shutdown::Write)?;
+    let mut said = String::new();
+    stream.read_to_string(&mut said)?;
+    Ok(said)
+}
+
+/// What becomes of the connection that was left open.
+fn held() -> io::Result<String> {
+    let mut stream = OUTSIDE.lock().unwrap().take().ok_or(io::ErrorKind::NotFound)?;
+    let mut byte = [0];
+    Ok(match stream.read(&mut byte) {
+        Ok(0) => "the end".to_owned(),
+        Ok(_) => format!("a byte, {}", byte[0]),
+        Err(error) => format!("{:?}", error.kind()),
+    })
+}
+
 fn answer(path: &str, begun: Instant) -> io::Result<String> {
     let parts: Vec<&str> = path.trim_start_matches('/').split('/').collect();
     Ok(match parts[..] {
@@ -144,6 +174,14 @@ fn answer(path: &str, begun: Instant) -> io::Result<String> {
         ["vsock-open"] => VSOCK_OPEN.load(Ordering::SeqCst).to_string(),
         ["network-up", address] => network_up(address.parse::<std::net::Ipv4Addr>().map_err(io::Error::other)?.octets())?,
         ["ask-network", to, text] => ask_network(to, text)?,
+        ["fetch", to, text] => fetch(to, text)?,
+        ["hold", to] => {
+            let mut stream = say_outside(to, "x")?;
+            stream.read_exact(&mut [0])?;
+            *OUTSIDE.lock().unwrap() = Some(stream);
+            "held".to_owned()
+        }
+        ["held"] => held()?,
         ["exit", code] => std::process::exit(code.parse().unwrap_or(1)),
         _ => "hello".to_owned(),
     })

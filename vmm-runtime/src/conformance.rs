@@ -9,6 +9,7 @@ mod files;
 mod guest;
 
 use std::{
+    net::Ipv4Addr,
     panic::AssertUnwindSafe,
     path::{Path, PathBuf},
     sync::Arc,
@@ -38,6 +39,12 @@ pub trait Bench: Send + Sync {
 
     /// Whether there are guests, with memory, disks and clocks of their own.
     fn guests(&self) -> Guests;
+
+    /// An address of this host where the engine lets guests connect to; it is no loopback address. Without one, what guests
+    /// reach outside is not checked.
+    fn outside(&self) -> Option<Ipv4Addr> {
+        None
+    }
 }
 
 /// What stands behind the ports.
@@ -111,7 +118,10 @@ impl<'a> Suite<'a> {
     }
 
     async fn launch_with(&self, engine: &dyn Engine) -> Subject {
-        let spec = self.launch_spec();
+        self.launch_as(engine, self.launch_spec()).await
+    }
+
+    async fn launch_as(&self, engine: &dyn Engine, spec: LaunchSpec) -> Subject {
         let (id, dir) = (spec.id, spec.dir.clone());
         let started = engine.launch(spec).await.unwrap_or_else(|error| panic!("launch: {}", chain(&error)));
         print_phases("launch", &started);

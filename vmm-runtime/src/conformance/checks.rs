@@ -8,8 +8,11 @@ use std::{
 };
 
 use futures::future::BoxFuture;
-use model::{Generation, MicrovmId};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use model::{Egress, Generation, MicrovmId};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpListener,
+};
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -17,7 +20,7 @@ use super::{
     files::{self, Damaged, snapshot_files},
     guest::{echo, get, number, pattern, try_get, within},
 };
-use crate::engine::{DialError, EngineError, Exit, RestoreSpec, SuspendOutcome, Vm};
+use crate::engine::{DialError, EngineError, Exit, LaunchSpec, RestoreSpec, SuspendOutcome, Vm};
 
 /// Long enough for a byte to come that must not.
 const QUIET: Duration = Duration::from_millis(200);
@@ -52,6 +55,7 @@ pub const ALL: &[(&str, Guests, Check)] = &[
     ("a_sweep_ends_what_nobody_keeps", Guests::Shared, |suite| Box::pin(sweep(suite))),
     ("clocks_are_right_after_a_sleep", Guests::Real, |suite| Box::pin(clocks(suite))),
     ("usage_grows", Guests::Real, |suite| Box::pin(usage(suite))),
+    ("a_guest_reaches_the_outside_if_it_may_and_where_it_may", Guests::Real, |suite| Box::pin(outside(suite))),
 ];
 
 async fn suspend(subject: &Subject) -> crate::engine::SnapshotRecord {
@@ -585,4 +589,44 @@ async fn usage(suite: &Suite<'_>) {
     assert!(after.private_bytes >= before.private_bytes + (24 << 20), "{before:?} {after:?}");
     assert!(after.cpu_micros > before.cpu_micros);
     end(subject).await;
+}
+
+async fn outside(suite: &Suite<'_>) {
+    let Some(address) = suite.bench.outside() else {
+        println!("SKIPPED: this host has no address that a guest may connect to; run it as root");
+        return;
+    };
+    let listener = TcpListener::bind((address, 0)).await.expect("the address is this host's");
+    let place = listener.local_addr().expect("it is bound");
+    let host = tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let (mut from, mut to) = stream.split();
+                let _ = tokio::io::copy(&mut from, &mut to).await;
+            });
+        }
+    });
+    let closed = suite.launch().await;
+    let nowhere = within("a connect", try_get(&*closed.vm, &format!("/fetch/{place}/hello"))).await;
+    assert!(nowhere.as_ref().is_err_and(|error| error.contains("unreachable")), "{nowhere:?}");
+    end(closed).await;
+
+    let mut subject = suite.launch_as(&*suite.engine, LaunchSpec { egress: Egress::Internet, ..suite.launch_spec() }).await;
+    let out = |subject: &Subject| {
+        let vm = subject.vm.clone();
+        async move { get(&*vm, &format!("/fetch/{place}/hello")).await }
+    };
+    assert_eq!(out(&subject).await, "hello");
+    // A private network, and nobody but the operator opens one.
+    let private = within("a connect", try_get(&*subject.vm, &format!("/fetch/10.0.0.1:{}/hello", place.port()))).await;
+    assert!(private.is_err(), "{private:?}");
+    assert_eq!(get(&*subject.vm, &format!("/hold/{place}")).await, "held");
+    suspend(&subject).await;
+    let spec = RestoreSpec { egress: Egress::Internet, ..suite.restore_spec(&subject) };
+    let started = within("restore", suite.engine.restore(spec)).await.unwrap_or_else(|error| panic!("restore: {}", chain(&error)));
+    (subject.vm, subject.generation) = (started.vm, subject.generation.next());
+    assert_eq!(get(&*subject.vm, "/held").await, "ConnectionReset", "a connection of before the sleep");
+    assert_eq!(out(&subject).await, "hello");
+    end(subject).await;
+    host.abort();
 }

@@ -7,6 +7,7 @@
 
 use std::{
     env, fs,
+    net::{IpAddr, Ipv4Addr},
     path::{Path, PathBuf},
     process::Command,
     sync::Arc,
@@ -19,6 +20,7 @@ use vmm_runtime::{
     conformance::{self, Bench, HTTP},
     engine::{AppSpec, Engine, LaunchSpec},
     guest_kit::{self, GuestKit},
+    kvm::EgressPolicy,
     qemu::{DEFAULT_LOG_BYTES, HostConfig, Limits, PoolConfig, process::Process},
 };
 
@@ -121,11 +123,12 @@ pub struct GuestBench<S> {
     pub start: S,
     /// What its app may do.
     pub rights: Rights,
+    outside: Option<Outside>,
 }
 
 impl<S: Start> GuestBench<S> {
     pub fn new(guests: Guests, start: S) -> Self {
-        Self { guests, limits: Limits::default(), start, rights: Rights::default() }
+        Self { guests, limits: Limits::default(), start, rights: Rights::default(), outside: Outside::make() }
     }
 
     pub fn run_dir(&self) -> PathBuf {
@@ -135,7 +138,9 @@ impl<S: Start> GuestBench<S> {
     pub async fn start(&self) -> S::Started {
         let GuestKit { kernel, initrd, fingerprint } = self.guests.kit.clone();
         let pool = PoolConfig { per_image: 1, total: 4 };
-        let host = HostConfig { kernel, initrd, guest_fingerprint: fingerprint, run_dir: self.run_dir(), pool, limits: self.limits, egress: Default::default(), roles: None, log_bytes: DEFAULT_LOG_BYTES };
+        let also = self.outside.iter().map(|outside| IpAddr::from(outside.address).into()).collect();
+        let egress = Arc::new(EgressPolicy { also, ..EgressPolicy::default() });
+        let host = HostConfig { kernel, initrd, guest_fingerprint: fingerprint, run_dir: self.run_dir(), pool, limits: self.limits, egress, roles: None, log_bytes: DEFAULT_LOG_BYTES };
         self.start.start(host).await
     }
 
@@ -194,6 +199,52 @@ impl<S: Start> Bench for GuestBench<S> {
 
     fn guests(&self) -> conformance::Guests {
         conformance::Guests::Real
+    }
+
+    fn outside(&self) -> Option<Ipv4Addr> {
+        self.outside.as_ref().map(|outside| outside.address)
+    }
+}
+
+/// An address of this host that is neither loopback nor private: one of documentation's (RFC 5737), given to `lo` under a label
+/// of this process's own until the drop.
+struct Outside {
+    label: String,
+    address: Ipv4Addr,
+}
+
+impl Outside {
+    /// `None` where this process may not give addresses.
+    fn make() -> Option<Self> {
+        let process = std::process::id();
+        let outside = Self { label: format!("lo:{process}"), address: Ipv4Addr::new(198, 51, 100, (process % 250 + 1) as u8) };
+        // `struct sockaddr_in`: the family, the port, the address.
+        let value = |address: Ipv4Addr| {
+            let [a, b, c, d] = address.octets();
+            [libc::AF_INET as u8, 0, 0, 0, a, b, c, d]
+        };
+        // SIOCSIFADDR makes the alias, with its class's mask, and SIOCSIFNETMASK leaves the neighbours of the address nobody's.
+        outside.configure(0x8916, value(outside.address)).ok()?;
+        outside.configure(0x891c, value(Ipv4Addr::BROADCAST)).ok()?;
+        Some(outside)
+    }
+
+    /// netdevice(7): `value` is the union of a `struct ifreq`, as far as it is set.
+    fn configure(&self, request: libc::Ioctl, value: [u8; 8]) -> std::io::Result<()> {
+        let socket = std::net::UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+        let mut what = [0_u8; size_of::<libc::ifreq>()];
+        what[..self.label.len()].copy_from_slice(self.label.as_bytes());
+        what[libc::IFNAMSIZ..][..value.len()].copy_from_slice(&value);
+        // SAFETY: both requests read a `struct ifreq` at the pointer, which has the length of the array.
+        let done = unsafe { libc::ioctl(std::os::fd::AsRawFd::as_raw_fd(&socket), request, what.as_mut_ptr()) };
+        if done < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+    }
+}
+
+impl Drop for Outside {
+    fn drop(&mut self) {
+        // SIOCSIFFLAGS without IFF_UP removes an alias.
+        let _ = self.configure(0x8914, [0; 8]);
     }
 }
 
