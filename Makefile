@@ -39,7 +39,7 @@ lint: build ## Formatting and lints.
 
 test-rust: build ## Tests of the crates, the engine's with real guests.
 	@echo "==> tests of the crates"
-	@cargo test --workspace --all-features --locked
+	@cargo test --workspace --all-features --locked --no-fail-fast
 
 test-system: base ## Tests of the whole node with clients nobody here wrote.
 	@echo "==> tests of the whole node"
