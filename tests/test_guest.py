@@ -378,7 +378,7 @@ def curl(guest, arguments):
 
 
 def metadata_token(guest):
-    token, status = curl(guest, f"-X PUT -H 'X-aws-ec2-metadata-token-ttl-seconds: 60' {METADATA}/api/token")
+    token, status = curl(guest, f"-X PUT -H 'X-aws-ec2-metadata-token-ttl-seconds: 600' {METADATA}/api/token")
     assert status == "200", token
     return f"-H 'X-aws-ec2-metadata-token: {token}'"
 
@@ -399,6 +399,26 @@ def test_a_role_has_credentials_that_are_new_with_each_wake(run_guest, image, pl
     assert json.loads(curl(vm, f"{metadata_token(vm)} {CREDENTIALS}execution_role")[0])["SecretAccessKey"] == "second"
     said = place.log.read_bytes() + place.admin_get("/metrics")[1].encode()
     assert b"AKIDEXAMPLE" not in said, "credentials are in the node's log or metrics"
+
+
+def test_a_role_has_new_credentials_while_its_microvm_runs(run_guest, image, place, run_dir):
+    write_roles(run_dir, "old")
+    vm = run_guest(image, executionRoleArn=ROLE)
+    token = metadata_token(vm)
+
+    def secret():
+        body, status = curl(vm, f"{token} {CREDENTIALS}execution_role")
+        return json.loads(body)["SecretAccessKey"] if status == "200" else status
+
+    assert secret() == "old"
+    write_roles(run_dir, "new")
+    eventually("the guest to have the new credentials", lambda: secret() == "new", within=60, every=0.5)
+    place.kill()
+    write_roles(run_dir, "newest")
+    place.start()
+    eventually("an adopted guest to have them as well", lambda: secret() == "newest", within=60, every=0.5)
+    (run_dir / "roles").write_text("")
+    eventually("what is taken away to be gone", lambda: secret() == "404", within=60, every=0.5)
 
 
 def test_without_credentials_there_are_none(run_guest, guest, image):

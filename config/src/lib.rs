@@ -331,7 +331,7 @@ impl Config {
                 agent: s.optional_path("agent", "The guest agent (static binary). Default: beside the dormouse binary."),
                 base_dir: s.path("base_dir", &cache.join("base").to_string_lossy(), "Base images and build caches."),
                 egress_allow: s.list("egress_allow", "a list of networks such as [\"10.1.0.0/16\", \"192.168.7.5/32\"]", "Networks that microVMs with INTERNET_EGRESS may connect to although they are private. Without it they reach public IPv4 addresses only, and never one of this host."),
-                roles: s.optional_path("roles", "Credentials for microVMs with an execution role, which their apps read at 169.254.169.254: a file in the form of AWS's shared credentials, each profile named by the ARN of a role. Read again at every launch and wake. Keep it to yourself (mode 0600)."),
+                roles: s.optional_path("roles", "Credentials for microVMs with an execution role, which their apps read at 169.254.169.254: a file in the form of AWS's shared credentials, each profile named by the ARN of a role. Read again at every launch and wake, and within seconds when it has changed. What is in it has to be good for an hour from any moment on. Keep it to yourself (mode 0600)."),
                 name_servers: s.list("name_servers", "a list of addresses such as [\"10.1.0.2:53\"]", "Name servers that microVMs with INTERNET_EGRESS ask, through the node. Default: those of /etc/resolv.conf."),
             }),
             lifecycle: r.section("lifecycle", |s| Lifecycle {

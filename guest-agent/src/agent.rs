@@ -231,6 +231,10 @@ impl Guest for Agent {
                 Some(port) => Reply::Ready(port),
                 None => Reply::NotReady,
             },
+            Request::Role(role) => {
+                self.answerers.metadata.set(Some(role));
+                Reply::Done
+            }
             Request::Stats => Reply::Stats { streams: self.end.streams() as u32, realtime_ns: machine::realtime_ns() },
         }
     }

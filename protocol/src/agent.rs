@@ -37,6 +37,8 @@ pub enum Request {
     },
     /// Counters, and proof that the agent lives.
     Stats,
+    /// What the execution role gives from now on. Only for a microVM that has one since its restore.
+    Role(Role),
 }
 
 /// What the host tells the agent at every restore, before anything else moves.

@@ -14,6 +14,7 @@ use super::{
     pool::KillOnDrop,
     process::Process,
     record::{self, Record, Stage},
+    roles::Granted,
     snapshots::committed,
     start::{attach, new_link},
     vm::{Core, Kind, ProcessVm},
@@ -85,6 +86,6 @@ async fn take_over<B: Backend>(
     attach(backend, process, &vmm, &link, || Ok(Attach::Adopted), shared.config.limits.attach, "answer after the node's restart").await?;
     let layers = Layers::existing(dir, B::LAYER_FILES, record.sealed_layers.clone(), record.generation);
     let kind = Kind::Microvm { id, generation: record.generation, image, layers: tokio::sync::Mutex::new(layers) };
-    let (shared, dir, egress) = (shared.clone(), dir.to_owned(), record.egress);
-    Ok(move |process| Core::new(&shared, kind, dir, process, vmm, link).lead_out(egress))
+    let (shared, dir, egress, role) = (shared.clone(), dir.to_owned(), record.egress, record.role.clone());
+    Ok(move |process| Core::new(&shared, kind, dir, process, vmm, link).lead_out(egress).with_role(role.map(|arn| Granted { arn, last: None })))
 }

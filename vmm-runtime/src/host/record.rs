@@ -41,6 +41,9 @@ pub struct Record {
     /// Where it may connect to.
     #[serde(default)]
     pub egress: Egress,
+    /// The ARN of its execution role.
+    #[serde(default)]
+    pub role: Option<String>,
 }
 
 /// The microVM that a process belongs to.

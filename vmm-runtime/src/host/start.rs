@@ -12,7 +12,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use model::{Egress, Generation, MicrovmId};
+use model::{Egress, Generation, MicrovmId, rights::EXECUTION_ROLE};
 use protocol::{
     agent::{Reply, Request, Restored, Role as ExecutionRole},
     link::{AgentLink, Attach, LinkError},
@@ -27,7 +27,7 @@ use super::{
     pool::{self, KillOnDrop, Ready},
     process::{Identity, Priority, Process},
     record::{self, Record, Stage},
-    roles,
+    roles::{self, Granted},
     snapshots,
     vm::{Core, Kind, Life, ProcessVm, console_tail},
     vmm_exit,
@@ -221,12 +221,14 @@ impl<B: Backend> Clone<'_, B> {
         };
         let mut process = KillOnDrop::new(process);
 
+        let role = self.identity.get(EXECUTION_ROLE).cloned();
         let record = |stage, identity: &Identity| Record {
             identity: identity.clone(),
             generation: self.generation,
             stage,
             sealed_layers: self.sealed_layers.clone(),
             egress: self.egress,
+            role: role.clone(),
         };
         let recording = |error: io::Error| failed(format!("writing the process's record in {}", self.dir.display()), error);
         let identity = process.get().identity().clone();
@@ -245,12 +247,12 @@ impl<B: Backend> Clone<'_, B> {
         };
         backend.load(process.get(), &vmm, saved, watch).await?;
         backend.run(process.get(), &vmm).await?;
-        let role = roles::role(&self.identity, self.shared.config.roles.as_deref());
-        let how = || Ok(Attach::Restored(restored(self.generation, self.identity, self.egress, role)?));
+        let granted = role.as_deref().map(|arn| roles::role(arn, self.shared.config.roles.as_deref()));
+        let how = || Ok(Attach::Restored(restored(self.generation, self.identity, self.egress, granted.clone())?));
         attach(backend, process.get(), &vmm, &self.link, how, limits.attach, "answer after the restore").await?;
         record::write(self.id, self.dir, &record(Stage::Running, &identity)).map_err(recording)?;
         let kind = Kind::Microvm { id: self.id, generation: self.generation, image: self.image, layers: tokio::sync::Mutex::new(layers) };
-        let core = Core::new(self.shared, kind, self.dir.to_owned(), process.keep(), vmm, self.link).lead_out(self.egress);
+        let core = Core::new(self.shared, kind, self.dir.to_owned(), process.keep(), vmm, self.link).lead_out(self.egress).with_role(role.map(|arn| Granted { arn, last: granted }));
         if let Some(before) = self.predecessor {
             before.handed_over.store(true, Ordering::Release);
             *core.predecessor.lock() = Some(before);

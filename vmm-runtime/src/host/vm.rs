@@ -14,7 +14,7 @@ use async_trait::async_trait;
 use model::{Door, Generation, MicrovmId, Port, Shape};
 use parking_lot::Mutex;
 use protocol::{
-    agent::{Event, Reply, Request},
+    agent::{Event, Reply, Request, Role},
     link::{AgentLink, LinkError},
 };
 use tokio::sync::watch;
@@ -25,7 +25,9 @@ use super::{
     egress::{Egress, Traffic},
     failed,
     process::Process,
-    record, suspend, vmm_exit,
+    record,
+    roles::{Follower, Granted},
+    suspend, vmm_exit,
 };
 use crate::engine::{DialError, EngineError, Exit, GuestStream, SuspendOutcome, Usage, Vm};
 
@@ -33,6 +35,8 @@ use crate::engine::{DialError, EngineError, Exit, GuestStream, SuspendOutcome, U
 const CONSOLE_TAIL_BYTES: usize = 2048;
 /// What the answer to a readiness question may take on top of the guest's own waiting.
 const ANSWER_SLACK: Duration = Duration::from_secs(5);
+/// For a guest to take credentials. A suspend waits for it.
+const GRANT_LIMIT: Duration = Duration::from_secs(1);
 
 /// Whether it lives.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -69,6 +73,8 @@ pub(super) struct Core<B: Backend> {
     pub operation: tokio::sync::Mutex<()>,
     /// The way out of the guest, while it has one.
     pub egress: Mutex<Option<Egress>>,
+    /// Its execution role, if it has one.
+    role: Option<Granted>,
     /// What has crossed it.
     traffic: Arc<Traffic>,
     /// Counters as they were when they could last be had.
@@ -90,6 +96,7 @@ impl<B: Backend> Core<B> {
             predecessor: Mutex::default(),
             operation: tokio::sync::Mutex::new(()),
             egress: Mutex::default(),
+            role: None,
             traffic: Arc::default(),
             last_usage: Mutex::default(),
         }
@@ -102,6 +109,11 @@ impl<B: Backend> Core<B> {
             *self.egress.lock() = Some(started);
         }
         self
+    }
+
+    /// Tells the guest, from now on, when what its role gives is something else.
+    pub fn with_role(self, role: Option<Granted>) -> Self {
+        Self { role, ..self }
     }
 
     pub fn limits(&self) -> &Limits {
@@ -191,6 +203,34 @@ impl<B: Backend> Core<B> {
         self.process.remove_dir();
     }
 
+    /// Tells the guest what its role gives whenever that has changed. Never returns.
+    async fn follow_role(&self) {
+        let (Some(role), Some(file)) = (&self.role, &self.shared.config.roles) else { return std::future::pending().await };
+        let mut follower = Follower::new(role, file);
+        loop {
+            let role = follower.news().await;
+            if self.grant(&role).await {
+                follower.told(role);
+            }
+        }
+    }
+
+    /// Whether the guest knows now what its role gives. Not while a suspend is under way: the wake tells it.
+    async fn grant(&self, role: &Role) -> bool {
+        let Ok(_operation) = self.operation.try_lock() else { return false };
+        if *self.life.borrow() != Life::Running {
+            return false;
+        }
+        match self.link.call(Request::Role(role.clone()), GRANT_LIMIT).await {
+            Ok(Reply::Done) => true,
+            // The reply and the error hold no secret.
+            other => {
+                tracing::warn!(dir = %self.dir.display(), ?other, "a guest could not be told the new credentials of its role; it is tried again");
+                false
+            }
+        }
+    }
+
     /// Returns when it does not run any more, for whatever reason.
     async fn over(&self) {
         // The sender lives in `self`, so waiting cannot fail.
@@ -253,6 +293,7 @@ impl<B: Backend> ProcessVm<B> {
         tokio::spawn(async move {
             tokio::select! {
                 () = watched.watch() => {}
+                () = watched.follow_role() => {}
                 () = stopped.cancelled() => {}
             }
         });
