@@ -16,12 +16,15 @@ unsafe extern "C" {
     fn mount(source: *const c_char, target: *const c_char, kind: *const c_char, flags: c_ulong, data: *const c_void) -> c_int;
     fn chroot(path: *const c_char) -> c_int;
     fn reboot(how: c_int) -> c_int;
+    fn ioctl(fd: c_int, request: c_int, ...) -> c_int;
     fn syscall(number: c_long, ...) -> c_long;
     fn waitpid(pid: c_int, status: *mut c_int, options: c_int) -> c_int;
 }
 
 const SYS_FINIT_MODULE: c_long = 313;
 const MS_MOVE: c_ulong = 8192;
+const SIOCSIFFLAGS: c_int = 0x8914;
+const IFF_UP: u8 = 1;
 const RB_POWER_OFF: c_int = 0x4321_fedc;
 const DISK: &str = "/dev/vda";
 const ROOT: &str = "/newroot";
@@ -54,6 +57,17 @@ fn load(dir: &str) {
         let result = unsafe { syscall(SYS_FINIT_MODULE, file.as_raw_fd(), c"".as_ptr(), 0) };
         check(result, &format!("loading {name}"));
     }
+}
+
+/// Switches the loopback interface on (netdevice(7)); a fresh kernel has it off.
+fn loopback_up() {
+    let socket = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
+    // A `struct ifreq`: a name of 16 bytes, then a union, here of flags.
+    let mut what = [0_u8; 40];
+    what[..2].copy_from_slice(b"lo");
+    what[16] = IFF_UP;
+    // SAFETY: it reads a `struct ifreq` at the pointer, which has the length of the array.
+    check(unsafe { ioctl(socket.as_raw_fd(), SIOCSIFFLAGS, what.as_mut_ptr()) }.into(), "switching the loopback interface on");
 }
 
 /// KVM writes down what its guests do, in memory, until one of them ends by a triple fault (SVM's exit 0x7f): after that
@@ -98,6 +112,7 @@ fn run() -> i32 {
     check(unsafe { chroot(c(".").as_ptr()) }.into(), "changing the root");
     std::env::set_current_dir("/").unwrap();
 
+    loopback_up();
     if let Err(error) = trace_until_triple_fault() {
         println!("KVM is not traced: {error}");
     }
