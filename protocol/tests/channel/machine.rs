@@ -95,6 +95,7 @@ impl Guest for TestGuest {
     async fn request(&self, request: Request) -> Reply {
         match request {
             Request::Stats => Reply::Stats { streams: 0, realtime_ns: 1 },
+            Request::Role(_) => Reply::Done,
             Request::AwaitReady { .. } => std::future::pending().await,
             Request::Start(spec) => Reply::Failed(format!("{} bytes of argv", spec.argv.concat().len())),
         }
