@@ -10,6 +10,7 @@ use dormouse_fuzz::{
 };
 use libfuzzer_sys::fuzz_target;
 use protocol::{
+    VERSION,
     frame::{Kind, padding},
     guest::GuestEnd,
     link::{AgentLink, Attach},
@@ -20,15 +21,14 @@ use tokio::{
     task::JoinHandle,
 };
 
-/// Of the messages; a test of the protocol would notice another.
-const VERSION: u32 = 2;
-
 fn call(number: u8, input: &mut Input<'_>) -> Value {
-    let request = match input.u8() % 6 {
+    let request = match input.u8() % 8 {
         0 => json!({ "Start": { "argv": ["/app", "x"], "env": [["PATH", "/bin"]], "workdir": "/", "user": "", "exposed": [8080] } }),
         1 => json!({ "Start": { "argv": [], "env": [], "workdir": "x".repeat(usize::from(input.u16())), "user": "", "exposed": [0] } }),
         2 => json!({ "AwaitReady": { "exposed": [], "limit_ms": input.u64() } }),
         3 => json!("Jump"),
+        4 => json!({ "Role": { "credentials": null } }),
+        5 => json!({ "Role": { "credentials": { "access_key_id": "a", "secret_access_key": 1, "session_token": "" } } }),
         _ => json!("Stats"),
     };
     json!({ "Call": { "id": number, "request": request } })
@@ -37,7 +37,7 @@ fn call(number: u8, input: &mut Input<'_>) -> Value {
 fn syn(input: &mut Input<'_>) -> Value {
     let mode = match input.u8() % 8 {
         0 => json!("Adopted"),
-        1 => json!({ "Restored": { "realtime_ns": input.u64(), "entropy": "00", "generation": 1, "identity": { "a": "b" } } }),
+        1 => json!({ "Restored": { "realtime_ns": input.u64(), "entropy": "00", "generation": 1, "identity": { "a": "b" }, "egress": "internet" } }),
         2 => json!({ "Restored": { "realtime_ns": 1 } }),
         _ => json!("Boot"),
     };

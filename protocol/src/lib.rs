@@ -15,3 +15,5 @@ mod mux;
 mod pump;
 mod splice;
 mod stream;
+
+pub use message::VERSION;

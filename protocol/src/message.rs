@@ -10,7 +10,7 @@ use crate::{
 
 /// Both ends must speak the same version: agent and node are installed together, and a snapshot of another version is
 /// refused by the engine before it runs.
-pub(crate) const VERSION: u32 = 5;
+pub const VERSION: u32 = 5;
 
 /// How the guest got here.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

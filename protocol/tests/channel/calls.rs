@@ -4,6 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
 use protocol::{
+    VERSION,
     agent::{AppSpec, Event, Reply, Request},
     frame::{Kind, MARKER, put_frame},
     link::{AgentLink, Attach, LinkError},
@@ -98,7 +99,7 @@ async fn rogue(at_once: Vec<u8>, later: Vec<u8>) -> (Arc<AgentLink>, tokio::task
             }
         };
         let mut ack = bytes::BytesMut::from(&MARKER[..]);
-        let message = format!("{{\"version\":4,\"epoch\":{epoch},\"exited\":null,\"failed\":null,\"again\":null}}");
+        let message = format!("{{\"version\":{VERSION},\"epoch\":{epoch},\"exited\":null,\"failed\":null,\"again\":null}}");
         put_frame(&mut ack, Kind::Ack, 0, message.as_bytes());
         ack.extend_from_slice(&at_once);
         guest.write_all(&ack).await.unwrap();
