@@ -20,9 +20,9 @@ from harness.node import Node, binary, free_addresses, live
 from harness.waiting import eventually
 
 APPS = Path(__file__).parent / "apps"
-MOST = 5
+MOST = 3
 # Each kill of these is a build of a minute.
-SLOW = {"CreateMicrovmImage": (2, 15), "UpdateMicrovmImage": (1, 8)}
+SLOW = {"CreateMicrovmImage": (2, 15), "UpdateMicrovmImage": (0, 8)}
 SWEPT = [
     operations.RunMicrovm, operations.SuspendMicrovm, operations.ResumeMicrovm, operations.TerminateMicrovm, operations.TerminateSleeper,
     operations.TagResource, operations.UntagResource, operations.UpdateMicrovmImageVersion,
@@ -52,9 +52,11 @@ def wants_all(request):
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("operation", SWEPT, ids=lambda operation: operation.__name__)
 def test_a_node_killed_in_the_middle_comes_back_consistent(world, wants_all, operation):
+    some, most = SLOW.get(operation.__name__, (MOST, None))
+    if not some and not wants_all:
+        pytest.skip("each kill is a build of its own: only with --kills=all")
     steps = world.count(operation())
     assert len(steps) >= operation.least_steps, f"the tracer has seen {len(steps)} steps only: {steps}"
-    some, most = SLOW.get(operation.__name__, (MOST, None))
     places = spread(steps, most or len(steps)) if wants_all and most else every(steps) if wants_all else spread(steps, some)
     faults, missed = [], 0
     for kill in places:
@@ -73,7 +75,7 @@ def test_a_node_killed_while_it_recovers_recovers_the_next_time(world, wants_all
     steps = world.recover_killed("recovery-count")
     assert len(steps) >= 20, steps
     faults = []
-    places = spread(steps, 20 if wants_all else 3)
+    places = spread(steps, 20 if wants_all else 2)
     for kill in places:
         try:
             world.recover_killed(f"recovery-{kill.when}-{kill.number}", kill)

@@ -223,7 +223,7 @@ def spread(steps, most):
             seen.add(step.kind)
             firsts.append(step)
     left = max(most - 1, 1)
-    picked = firsts if len(firsts) <= left else [firsts[index * len(firsts) // left] for index in range(left)]
+    picked = firsts if len(firsts) <= left else [firsts[(2 * index + 1) * len(firsts) // (2 * left)] for index in range(left)]
     return [Kill("before", step.number) for step in picked] + [Kill("after", steps[-1].number)]
 
 
