@@ -9,6 +9,7 @@ memory, every look at the API answers, and nothing lies in the data directory or
     pytest tests/test_kills.py                 # some kills of each kind of step
     pytest tests/test_kills.py --kills=all     # every step (about half an hour)
 """
+import signal
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,31 @@ def test_a_node_killed_while_it_recovers_recovers_the_next_time(world, wants_all
             print(fault, flush=True)
     print(f"recovery: {len(steps)} steps, {len(places)} kills, {len(faults)} faults")
     assert not faults, "\n".join(faults)
+
+
+@pytest.mark.timeout(3600)
+def test_an_orderly_stop_may_be_cut_anywhere(world, wants_all):
+    node = world.node
+
+    def stop(name, kill=None):
+        with world.traced(f"stop-{name}", kill) as tracer:
+            node.process.send_signal(signal.SIGTERM)
+            code = node.process.wait(60)
+            steps = tracer.let_go()
+        assert code == (-9 if kill and len(steps) == kill.number else 0), f"stopping, killed {kill}, ended with {code}:\n{node.log_tail()}"
+        node.start()
+        kept = left_until_a_start(node)
+        assert not kept, f"left after a stop killed {kill}: {'; '.join(kept)}"
+        world.check()
+        return steps
+
+    steps = stop("count")
+    # It writes down where its microVMs are, and ends what waited ready.
+    assert len(steps) >= 4, steps
+    places = every(steps) if wants_all else spread(steps, MOST)
+    for kill in places:
+        stop(f"{kill.when}-{kill.number}", kill)
+    print(f"stop: {len(steps)} steps, {len(places)} kills")
 
 
 @pytest.mark.timeout(3600)
