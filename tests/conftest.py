@@ -72,7 +72,7 @@ def hello_image(node):
 @pytest.fixture(scope="session")
 def kitchen_image(node):
     """apps/kitchen_sink: one path per thing that a gateway or a sleep could break."""
-    return images.build(node, "kitchen-sink", images.zip_of(HERE / "apps" / "kitchen_sink"))
+    return images.build(node, "kitchen-sink", images.app("kitchen_sink"))
 
 
 @pytest.fixture(scope="session")

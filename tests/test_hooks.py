@@ -1,7 +1,6 @@
 """Lifecycle hooks (aws-behaviour §4): who is told what, in which order, and what becomes of a microVM whose app does not agree."""
 import json
 import time
-from pathlib import Path
 
 import pytest
 import websockets.sync.client
@@ -11,7 +10,6 @@ from harness import clients, images
 from harness.microvm import PATIENT, Microvm
 from harness.waiting import eventually
 
-APPS = Path(__file__).parent / "apps"
 ALL = {
     "port": 9000,
     "microvmImageHooks": {"ready": "ENABLED", "readyTimeoutInSeconds": 60, "validate": "ENABLED", "validateTimeoutInSeconds": 60},
@@ -23,20 +21,21 @@ ALL = {
 ADVICE = "Please check your hook endpoint and application logs for more details."
 
 
-def archive():
-    files = {name: (APPS / "kitchen_sink" / name).read_bytes() for name in ("server.py", "websocket.py")}
-    return images.zip_of(APPS / "hooks", **files)
-
-
 @pytest.fixture(scope="module")
 def builds(node):
     """Images of the app at once: one that comes to be, and three whose hooks do not let it."""
     slow = ALL | {"microvmImageHooks": {"ready": "ENABLED", "readyTimeoutInSeconds": 3}, "microvmHooks": {}}
     return {
+<<<<<<< HEAD
         "good": images.start_build(node, "hooks", archive(), hooks=ALL, environmentVariables={"READY": "503,503,200", "VALIDATE": "503,200"}),
         "broken": images.start_build(node, "hooks-broken", archive(), hooks=ALL, environmentVariables={"READY": "500,200"}),
         "invalid": images.start_build(node, "hooks-invalid", archive(), hooks=ALL, environmentVariables={"VALIDATE": "500"}),
         "never": images.start_build(node, "hooks-never", archive(), hooks=slow, environmentVariables={"READY": "503"}),
+=======
+        "good": images.start_build(node, "hooks", images.app("hooks"), hooks=ALL, environmentVariables={"READY": "503,503,200", "VALIDATE": "503,200"}),
+        "broken": images.start_build(node, "hooks-broken", images.app("hooks"), hooks=ALL, environmentVariables={"READY": "500,200"}),
+        "never": images.start_build(node, "hooks-never", images.app("hooks"), hooks=slow, environmentVariables={"READY": "503"}),
+>>>>>>> 78ec896 (The systemd unit is a file that systemd looks at in a test; what the tests' apps share is in one place)
     }
 
 

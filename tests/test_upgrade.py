@@ -7,7 +7,6 @@ import contextlib
 import json
 import signal
 import threading
-from pathlib import Path
 
 import httpx
 import httpx_sse
@@ -31,7 +30,7 @@ def third(run_dir):
 
 @pytest.fixture(scope="module")
 def image(third):
-    return images.build(third, "kitchen-sink", images.zip_of(Path(__file__).parent / "apps" / "kitchen_sink"))
+    return images.build(third, "kitchen-sink", images.app("kitchen_sink"))
 
 
 @contextlib.contextmanager

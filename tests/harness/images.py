@@ -10,6 +10,8 @@ from .waiting import eventually
 
 # The article's app is the demo's.
 ARTICLE_APP = Path(__file__).parents[2] / "demo" / "app"
+# The guests of the tests.
+APPS = Path(__file__).parents[1] / "apps"
 BUCKET = "artifacts"
 BUILT_WITHIN = 420
 ROLE = "arn:aws:iam::123456789012:role/MicroVMBuildRole"
@@ -32,6 +34,11 @@ def zip_of(*directories, **files):
         for name, data in files.items():
             archive.writestr(name, data)
     return buffer.getvalue()
+
+
+def app(name, *directories):
+    """The zip of an app of apps/ that uses what is shared there, the Dockerfile included."""
+    return zip_of(APPS / "shared", APPS / name, *directories)
 
 
 def grpc_wheels(directory):

@@ -195,12 +195,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def path_ws(self):
         """Echoes every message with its number in front."""
-        self.send_response(101)
-        self.send_header("Upgrade", "websocket")
-        self.send_header("Connection", "Upgrade")
-        self.send_header("Sec-WebSocket-Accept", websocket.accept_key(self.headers["Sec-WebSocket-Key"]))
-        self.end_headers()
-        self.close_connection = True
+        websocket.accept(self)
         digest, number = hashlib.sha256(), 0
         while True:
             final, opcode, payload = websocket.read_frame(self.rfile)

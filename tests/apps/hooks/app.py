@@ -69,12 +69,7 @@ class App(BaseHTTPRequestHandler):
         self.answer({"done": True})
 
     def websocket(self):
-        self.send_response(101)
-        self.send_header("Upgrade", "websocket")
-        self.send_header("Connection", "Upgrade")
-        self.send_header("Sec-WebSocket-Accept", websocket.accept_key(self.headers["Sec-WebSocket-Key"]))
-        self.end_headers()
-        self.close_connection = True
+        websocket.accept(self)
         try:
             while True:
                 _, opcode, payload = websocket.read_frame(self.rfile)

@@ -196,20 +196,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def path_ws(self):
         """A WebSocket echo; ?pick=P selects P if it was offered, ?hello=1 first sends what was offered."""
-        key = self.headers.get("Sec-WebSocket-Key")
-        if self.headers.get("Upgrade", "").lower() != "websocket" or not key:
+        if self.headers.get("Upgrade", "").lower() != "websocket" or not self.headers.get("Sec-WebSocket-Key"):
             self.answer({"error": "this path speaks WebSocket"}, status=426, headers=[("Upgrade", "websocket")])
             return
         offered = self.headers.get("Sec-WebSocket-Protocol")
-        self.send_response(101)
-        self.send_header("Upgrade", "websocket")
-        self.send_header("Connection", "Upgrade")
-        self.send_header("Sec-WebSocket-Accept", websocket.accept_key(key))
         pick = self.query.get("pick")
-        if pick and pick in [name.strip() for name in (offered or "").split(",")]:
-            self.send_header("Sec-WebSocket-Protocol", pick)
-        self.end_headers()
-        self.close_connection = True
+        picked = pick and pick in [name.strip() for name in (offered or "").split(",")]
+        websocket.accept(self, headers=[("Sec-WebSocket-Protocol", pick)] if picked else [])
         if self.query.get("hello"):
             websocket.write_frame(self.wfile, websocket.TEXT, json.dumps({"offered": offered}).encode())
         try:

@@ -1,4 +1,4 @@
-"""An HTTP server as apps in a guest need it; the contract's app has it too."""
+"""An HTTP server as apps in a guest need it."""
 import socketserver
 from http.server import ThreadingHTTPServer
 

@@ -15,6 +15,18 @@ def accept_key(client_key):
     return base64.b64encode(hashlib.sha1((client_key + GUID).encode()).digest()).decode()
 
 
+def accept(handler, headers=()):
+    """Answers the handshake that an http.server's handler has read. The connection is a WebSocket from here on."""
+    handler.send_response(101)
+    handler.send_header("Upgrade", "websocket")
+    handler.send_header("Connection", "Upgrade")
+    handler.send_header("Sec-WebSocket-Accept", accept_key(handler.headers["Sec-WebSocket-Key"]))
+    for name, value in headers:
+        handler.send_header(name, value)
+    handler.end_headers()
+    handler.close_connection = True
+
+
 def read_exactly(stream, size):
     data = stream.read(size)
     if len(data) != size:

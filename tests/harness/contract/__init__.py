@@ -8,24 +8,21 @@
 `load-tests/contract.py` runs it long and reports; `tests/test_contract.py` runs it short.
 """
 import asyncio
-from pathlib import Path
 
-from ..images import build, zip_of
+from ..images import app, build
 from ..microvm import PATIENT, Microvm
 from .judge import Verdict
 from .leaving import leave_in_the_hold, leave_while_asleep
 from .plan import IDLE, Plan
 from .play import Player
 
-APPS = Path(__file__).parents[2] / "apps"
 # The shortest that the node takes (see harness/node.py).
 RESTLESS = PATIENT | {"maxIdleDurationSeconds": 1}
 
 
 def build_image(node, wheels):
     """The image of apps/contract; `wheels` is a directory with grpcio, unpacked (see harness/images.py)."""
-    shared = {name: (APPS / "kitchen_sink" / name).read_text() for name in ("server.py", "websocket.py")}
-    return build(node, "contract", zip_of(APPS / "contract", wheels, **shared))
+    return build(node, "contract", app("contract", wheels))
 
 
 def run(node, image, plan):
