@@ -26,16 +26,10 @@ def builds(node):
     """Images of the app at once: one that comes to be, and three whose hooks do not let it."""
     slow = ALL | {"microvmImageHooks": {"ready": "ENABLED", "readyTimeoutInSeconds": 3}, "microvmHooks": {}}
     return {
-<<<<<<< HEAD
-        "good": images.start_build(node, "hooks", archive(), hooks=ALL, environmentVariables={"READY": "503,503,200", "VALIDATE": "503,200"}),
-        "broken": images.start_build(node, "hooks-broken", archive(), hooks=ALL, environmentVariables={"READY": "500,200"}),
-        "invalid": images.start_build(node, "hooks-invalid", archive(), hooks=ALL, environmentVariables={"VALIDATE": "500"}),
-        "never": images.start_build(node, "hooks-never", archive(), hooks=slow, environmentVariables={"READY": "503"}),
-=======
         "good": images.start_build(node, "hooks", images.app("hooks"), hooks=ALL, environmentVariables={"READY": "503,503,200", "VALIDATE": "503,200"}),
         "broken": images.start_build(node, "hooks-broken", images.app("hooks"), hooks=ALL, environmentVariables={"READY": "500,200"}),
+        "invalid": images.start_build(node, "hooks-invalid", images.app("hooks"), hooks=ALL, environmentVariables={"VALIDATE": "500"}),
         "never": images.start_build(node, "hooks-never", images.app("hooks"), hooks=slow, environmentVariables={"READY": "503"}),
->>>>>>> 78ec896 (The systemd unit is a file that systemd looks at in a test; what the tests' apps share is in one place)
     }
 
 
