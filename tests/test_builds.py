@@ -2,11 +2,13 @@
 
 The node of these tests is told nothing about the network of builds; the image's connector is all that differs.
 """
+import os
 import socket
 
 import pytest
 
 from harness import images
+from harness.microvm import Microvm
 from harness.node import Node
 
 BASE = "FROM public.ecr.aws/lambda/microvms:al2023-minimal\n"
@@ -78,3 +80,41 @@ def test_what_the_operator_says_of_the_network_is_done(run_dir, network, word):
     with Node(run_dir / f"network-{network}", more=f'[build]\nnetwork = "{network}"\n') as node:
         log = log_of(node, "curious", [f"python3 /probe.py {node.admin}"])
         assert any(line.startswith(f"{node.admin} plain {word}") for line in log), log
+
+
+GUEST = '''
+import http.server, json, os
+class App(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        total = int(open("/proc/meminfo").readline().split()[1]) // 1024
+        body = json.dumps({"processors": os.cpu_count(), "memory_mib": total}).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+http.server.ThreadingHTTPServer(("", 8080), App).serve_forever()
+'''
+
+
+@pytest.mark.parametrize("seen, times", [("peak", 4), ("baseline", 1)])
+def test_a_guest_sees_as_much_of_its_size_as_the_operator_says(run_dir, seen, times):
+    """aws-behaviour §5.2: four times the memory and the processors of the baseline, here 1024 MiB and half a processor, and no more
+    processors than the host has. What a guest does not touch is in no snapshot."""
+    with Node(run_dir / f"seen-{seen}", more=f'[guest]\nsize_seen = "{seen}"\n') as node:
+        files = {"Dockerfile": BASE + "COPY app.py /\nEXPOSE 8080\nCMD [\"python3\", \"/app.py\"]\n", "app.py": GUEST}
+        image = images.build(node, "sized", images.zip_of(**files), memory_mib=1024)
+        vm = Microvm.run(node, image)
+        processors = min(2, os.cpu_count()) if seen == "peak" else 1
+
+        def sees():
+            with vm.http() as client:
+                return client.get("/").json()
+
+        before = sees()
+        # The kernel keeps some for itself: its own image, and the list of pages (1/64).
+        assert before["processors"] == processors and 0.9 * 1024 * times < before["memory_mib"] <= 1024 * times, before
+        vm.suspend()
+        assert sees() == before
+        builds = node.client().list_microvm_image_builds(imageIdentifier=image, imageVersion="1.0")["items"]
+        build = node.client().get_microvm_image_build(imageIdentifier=image, imageVersion="1.0", buildId=builds[0]["buildId"])
+        assert build["snapshotBuild"]["memorySnapshotSizeInBytes"] < 512 << 20, build

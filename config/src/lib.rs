@@ -17,7 +17,7 @@ use std::{
 pub use api::{Api, ApiKey, ApiRates, KeyRole};
 pub use problem::{ConfigError, Problem};
 use ipnet::IpNet;
-use model::{BuildNetwork, Prices, SuspendHookFailure};
+use model::{BuildNetwork, Prices, SizeSeen, SuspendHookFailure};
 use reader::Reader;
 
 /// Everything a node is told.
@@ -180,6 +180,8 @@ pub struct Guest {
     pub agent: Option<PathBuf>,
     /// Base images and build caches, shared by all nodes of the host.
     pub base_dir: PathBuf,
+    /// What guests see of their size.
+    pub size_seen: SizeSeen,
     /// Private networks that guests with internet egress may connect to as well.
     pub egress_allow: Vec<IpNet>,
     /// Credentials of execution roles.
@@ -330,6 +332,7 @@ impl Config {
                 kernel_dir: s.path("kernel_dir", &cache.join("kernel").to_string_lossy(), "A Debian linux-image-*-cloud-* package, unpacked (make setup)."),
                 agent: s.optional_path("agent", "The guest agent (static binary). Default: beside the dormouse binary."),
                 base_dir: s.path("base_dir", &cache.join("base").to_string_lossy(), "Base images and build caches."),
+                size_seen: s.choice("size_seen", &[("peak", SizeSeen::Peak), ("baseline", SizeSeen::Baseline)], "What guests see of their size. peak: four times the baseline memory and vCPUs (as many as this host has processors at most), as at AWS; memory that a guest does not touch costs nothing. baseline: the memory that lifecycle.max_memory_mib counts, for hosts on which no guest may take more. Takes effect for images that are built from now on."),
                 egress_allow: s.list("egress_allow", "a list of networks such as [\"10.1.0.0/16\", \"192.168.7.5/32\"]", "Networks that microVMs with INTERNET_EGRESS may connect to although they are private. Without it they reach public IPv4 addresses only, and never one of this host."),
                 roles: s.optional_path("roles", "Credentials for microVMs with an execution role, which their apps read at 169.254.169.254: a file in the form of AWS's shared credentials, each profile named by the ARN of a role. Read again at every launch and wake, and within seconds when it has changed. What is in it has to be good for an hour from any moment on. Keep it to yourself (mode 0600)."),
                 name_servers: s.list("name_servers", "a list of addresses such as [\"10.1.0.2:53\"]", "Name servers that microVMs with INTERNET_EGRESS ask, through the node. Default: those of /etc/resolv.conf."),

@@ -220,6 +220,7 @@ async fn run(place: Place<'_>, predecessor: Option<Predecessor>, held: &mut Opti
             max_versions: config.build.max_versions,
             ready_timeout: config.build.ready_timeout,
             build_timeout: config.build.timeout,
+            size_seen: config.guest.size_seen,
             network: config.build.network,
             egress: egress_policy(config),
         },

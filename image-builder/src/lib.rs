@@ -25,7 +25,7 @@ mod scripted;
 
 use std::{collections::BTreeMap, path::PathBuf};
 
-use model::{BuildNetwork, Hooks, ImageName, ImageVersion, MemorySize, Rights};
+use model::{BuildNetwork, Hooks, ImageName, ImageVersion, MemorySize, Rights, SizeSeen};
 use vmm_runtime::EgressPolicy;
 
 pub use base::{BaseError, ensure_base};
@@ -57,6 +57,8 @@ pub struct BuilderConfig {
     pub ready_timeout: std::time::Duration,
     /// How long the container build has.
     pub build_timeout: std::time::Duration,
+    /// What guests see of their size.
+    pub size_seen: SizeSeen,
     /// Which network RUN steps have, unless their image may have none.
     pub network: BuildNetwork,
     /// What RUN steps reach if that is the internet.

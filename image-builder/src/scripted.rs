@@ -42,6 +42,7 @@ impl ScriptedBuilds {
             max_versions: 5,
             ready_timeout: Duration::from_secs(1),
             build_timeout: Duration::from_secs(1),
+            size_seen: Default::default(),
             network: Default::default(),
             egress: Default::default(),
         }

@@ -27,7 +27,7 @@ async fn the_articles_app_becomes_a_snapshot() {
     let record = bench.build("hello", &[("Dockerfile", DOCKERFILE), ("app.py", APP)]).await;
     assert_eq!((record.state, record.failure.clone()), (BuildState::Successful, None), "{}", bench.log("hello"));
     assert_eq!(record.ready_port, Some(port(8080)));
-    assert_eq!((record.shape.memory_mib, record.shape.vcpus, record.shape.disk_gib), (512, 1, 8));
+    assert_eq!((record.shape.memory_mib, record.shape.vcpus, record.shape.disk_gib), (2048, 1, 8));
     assert_eq!(record.request, serde_json::json!({"description": "kept as it is"}));
 
     let boot = bench.engine.last_boot();

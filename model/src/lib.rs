@@ -22,6 +22,6 @@ pub use ids::{EndpointId, Generation, ImageName, ImageVersion, MicrovmId, ParseI
 pub use policy::{IdlePolicy, MAX_DURATION, SuspendHookFailure};
 pub use port::{Door, Port, PortRange, PortScope};
 pub use rights::{BuildNetwork, Capabilities, Egress, Rights};
-pub use size::{MemorySize, Shape};
+pub use size::{MemorySize, Shape, SizeSeen};
 pub use state::MicrovmState;
 pub use usage::{Cost, Prices, Usage};

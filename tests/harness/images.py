@@ -69,7 +69,7 @@ def upload(node, key, archive):
     s3.put_object(Bucket=BUCKET, Key=f"{key}.zip", Body=archive)
 
 
-def start_build(node, name, archive, **request):
+def start_build(node, name, archive, memory_mib=MEMORY_MIB, **request):
     """Uploads the zip and asks for an image; returns its ARN while the build goes on."""
     upload(node, name, archive)
     client = node.client()
@@ -78,7 +78,7 @@ def start_build(node, name, archive, **request):
         codeArtifact={"uri": f"s3://{BUCKET}/{name}.zip"},
         baseImageArn=base_image_arn(client.meta.region_name),
         buildRoleArn=ROLE,
-        resources=[{"minimumMemoryInMiB": MEMORY_MIB}],
+        resources=[{"minimumMemoryInMiB": memory_mib}],
         **request,
     )
     assert answer["state"] == "CREATING", f"a new image should be CREATING, it is {answer['state']}"

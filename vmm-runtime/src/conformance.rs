@@ -45,6 +45,11 @@ pub trait Bench: Send + Sync {
     fn outside(&self) -> Option<Ipv4Addr> {
         None
     }
+
+    /// The size of the guests.
+    fn shape(&self) -> Shape {
+        SHAPE
+    }
 }
 
 /// What stands behind the ports.
@@ -69,7 +74,7 @@ pub const NOBODY: Port = match Port::new(9) {
     None => panic!("9 is a port"),
 };
 
-/// The size of the suite's guests.
+/// The size of the suite's guests, unless the bench has another.
 pub const SHAPE: Shape = Shape { memory_mib: 512, vcpus: 1, disk_gib: 8 };
 
 const READY_LIMIT: Duration = Duration::from_secs(120);
@@ -99,7 +104,7 @@ impl<'a> Suite<'a> {
         std::fs::create_dir(&dir).expect("the work directory is empty and writable");
         bench.root_disk(&root_disk).await;
         let begun = Instant::now();
-        let spec = BootSpec { name: "conformance".to_owned(), dir, root_disk, shape: SHAPE, app: bench.app() };
+        let spec = BootSpec { name: "conformance".to_owned(), dir, root_disk, shape: bench.shape(), app: bench.app() };
         let vm = engine.boot(spec).await.unwrap_or_else(|error| panic!("boot: {}", chain(&error)));
         let booted = begun.elapsed();
         let port = vm.ready(READY_LIMIT).await.unwrap_or_else(|error| panic!("ready: {}", chain(&error)));
@@ -109,7 +114,7 @@ impl<'a> Suite<'a> {
         let capturing = Instant::now();
         let snapshot = engine.capture_image(vm, image_dir.clone()).await.unwrap_or_else(|error| panic!("capture: {}", chain(&error)));
         println!("boot {booted:.0?}, ready {ready:.0?}, capture {:.0?}: {snapshot:?}", capturing.elapsed());
-        assert_eq!((snapshot.engine.as_str(), snapshot.shape), (engine.name(), SHAPE));
+        assert_eq!((snapshot.engine.as_str(), snapshot.shape), (engine.name(), bench.shape()));
         Self { bench, engine, image_dir, captured_at: Instant::now() }
     }
 

@@ -12,7 +12,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use model::Generation;
+use model::{Generation, Shape};
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio_util::sync::CancellationToken;
@@ -43,6 +43,14 @@ fn bench() -> Option<GuestBench<Qemu>> {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_qemu_engine_conforms() {
     let Some(bench) = bench() else { return };
+    bench.conforms().await;
+}
+
+/// As the guests of images that are twice the least size and more.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_qemu_engine_conforms_with_several_processors() {
+    let Some(mut bench) = bench() else { return };
+    bench.shape = Shape { memory_mib: 4096, vcpus: 2, ..conformance::SHAPE };
     bench.conforms().await;
 }
 

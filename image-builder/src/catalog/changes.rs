@@ -4,7 +4,7 @@
 
 use std::{collections::BTreeMap, io, sync::Arc, time::SystemTime};
 
-use model::{ImageName, ImageVersion, Shape};
+use model::{ImageName, ImageVersion, SizeSeen};
 
 use super::{Entry, Inner, State, blocking, later_than, stopping, storage_error};
 use crate::{
@@ -12,7 +12,7 @@ use crate::{
     image::BuildFacts,
 };
 
-fn new_version(request: &BuildRequest, version: ImageVersion, now: SystemTime) -> ImageRecord {
+fn new_version(request: &BuildRequest, version: ImageVersion, now: SystemTime, seen: SizeSeen) -> ImageRecord {
     ImageRecord {
         name: request.name.clone(),
         version,
@@ -21,7 +21,7 @@ fn new_version(request: &BuildRequest, version: ImageVersion, now: SystemTime) -
         deletion: None,
         failure: None,
         build: BuildFacts::fresh(),
-        shape: Shape { memory_mib: request.memory.mib(), vcpus: 1, disk_gib: request.memory.disk_gib() },
+        shape: request.memory.shape(seen, std::thread::available_parallelism().map_or(1, usize::from)),
         memory: request.memory,
         created_at: now,
         updated_at: now,
@@ -65,7 +65,7 @@ impl Inner {
             self.may_build(&state)?;
         }
         let now = SystemTime::now();
-        let record = new_version(&request, ImageVersion::FIRST, now);
+        let record = new_version(&request, ImageVersion::FIRST, now, self.config.size_seen);
         let facts = ImageFacts {
             name: request.name.clone(),
             id: uuid::Uuid::new_v4().to_string(),
@@ -101,7 +101,7 @@ impl Inner {
             image.facts.clone()
         };
         let major = facts.last_version.major.checked_add(1).ok_or(CatalogError::TooManyVersions { limit: u32::MAX as usize })?;
-        let record = new_version(&request, ImageVersion { major, minor: 0 }, later_than(facts.updated_at));
+        let record = new_version(&request, ImageVersion { major, minor: 0 }, later_than(facts.updated_at), self.config.size_seen);
         (facts.last_version, facts.updated_at) = (record.version, record.created_at);
         let (layout, made, new) = (self.layout.clone(), facts.clone(), record.clone());
         let written = blocking(move || layout.create_version(&made, &new)).await;

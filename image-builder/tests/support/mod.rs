@@ -151,6 +151,7 @@ pub fn config(dir: &Path) -> BuilderConfig {
         max_versions: 50,
         ready_timeout: Duration::from_secs(30),
         build_timeout: CEILING,
+        size_seen: Default::default(),
         network: Default::default(),
         egress: Default::default(),
     }

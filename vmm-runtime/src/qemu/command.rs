@@ -135,7 +135,8 @@ impl Machine {
 
     fn common(&self, process_dir: &Path, memory: &Path, share: &str) -> Vec<String> {
         let mut arguments = vec!["-name".to_owned(), name_argument(process_dir)];
-        arguments.extend(self.devices(&format!("mem-path={},share={share}", escaped(memory))));
+        // No swap is set aside for what guests may touch: together they may be shown more than the host has.
+        arguments.extend(self.devices(&format!("mem-path={},share={share},reserve=off", escaped(memory))));
         arguments.extend(["-qmp".to_owned(), format!("unix:{QMP_SOCKET},server=on,wait=off")]);
         arguments
     }
@@ -191,7 +192,7 @@ mod tests {
     #[test]
     fn a_path_cannot_add_options() {
         let arguments = machine(512).clone_of(Path::new("/run/a,b"), Path::new("/d/x,share=on"));
-        assert!(arguments.iter().any(|argument| argument.ends_with("mem-path=/d/x,,share=on,share=off")));
+        assert!(arguments.iter().any(|argument| argument.contains("mem-path=/d/x,,share=on,share=off")));
         assert_eq!(arguments[1], "dormouse:/run/a,,b");
     }
 

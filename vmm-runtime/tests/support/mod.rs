@@ -10,12 +10,15 @@ use std::{
     net::{IpAddr, Ipv4Addr},
     path::{Path, PathBuf},
     process::Command,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
     time::{Duration, Instant},
 };
 
 use async_trait::async_trait;
-use model::{MicrovmId, Rights};
+use model::{MicrovmId, Rights, Shape};
 use vmm_runtime::{
     conformance::{self, Bench, HTTP},
     engine::{AppSpec, Engine, LaunchSpec},
@@ -124,11 +127,13 @@ pub struct GuestBench<S> {
     /// What its app may do.
     pub rights: Rights,
     outside: Option<Outside>,
+    /// The size of its guests.
+    pub shape: Shape,
 }
 
 impl<S: Start> GuestBench<S> {
     pub fn new(guests: Guests, start: S) -> Self {
-        Self { guests, limits: Limits::default(), start, rights: Rights::default(), outside: Outside::make() }
+        Self { guests, limits: Limits::default(), start, rights: Rights::default(), outside: Outside::make(), shape: conformance::SHAPE }
     }
 
     pub fn run_dir(&self) -> PathBuf {
@@ -201,13 +206,17 @@ impl<S: Start> Bench for GuestBench<S> {
         conformance::Guests::Real
     }
 
+    fn shape(&self) -> Shape {
+        self.shape
+    }
+
     fn outside(&self) -> Option<Ipv4Addr> {
         self.outside.as_ref().map(|outside| outside.address)
     }
 }
 
 /// An address of this host that is neither loopback nor private: one of documentation's (RFC 5737), given to `lo` under a label
-/// of this process's own until the drop.
+/// of the bench's own until the drop: benches of one process run side by side, and the end of one must not take another's address.
 struct Outside {
     label: String,
     address: Ipv4Addr,
@@ -216,8 +225,10 @@ struct Outside {
 impl Outside {
     /// `None` where this process may not give addresses.
     fn make() -> Option<Self> {
-        let process = std::process::id();
-        let outside = Self { label: format!("lo:{process}"), address: Ipv4Addr::new(198, 51, 100, (process % 250 + 1) as u8) };
+        static BENCHES: AtomicU32 = AtomicU32::new(0);
+        let (process, bench) = (std::process::id(), BENCHES.fetch_add(1, Ordering::Relaxed));
+        let address = Ipv4Addr::new(198, 51, 100, ((process + 83 * bench) % 250 + 1) as u8);
+        let outside = Self { label: format!("lo:{process}.{bench}"), address };
         // `struct sockaddr_in`: the family, the port, the address.
         let value = |address: Ipv4Addr| {
             let [a, b, c, d] = address.octets();
