@@ -85,7 +85,7 @@ impl ClientTokens {
     /// Opens the record and forgets what is older than a week.
     pub(crate) fn open(path: &Path, now: SystemTime) -> Result<Self, OpenError> {
         let opened = || -> Result<Database, redb::Error> {
-            let database = Database::create(path)?;
+            let database = idle_controller::database::open(path)?;
             let write = database.begin_write()?;
             clean(&mut write.open_table(ENTRIES)?, seconds(now))?;
             write.commit()?;

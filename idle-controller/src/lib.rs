@@ -20,6 +20,7 @@
 
 mod activity;
 mod controller;
+pub mod database;
 mod driver;
 mod handle;
 mod machine;

@@ -21,7 +21,7 @@ use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, TableDefini
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::{ControllerError, machine::EndReason, metering::SavedUsage};
+use crate::{ControllerError, database, machine::EndReason, metering::SavedUsage};
 
 /// Key: the microVM's id. Value: [`Record`] as JSON.
 const MICROVMS: TableDefinition<&str, &[u8]> = TableDefinition::new("microvms");
@@ -246,7 +246,7 @@ fn file(error: impl Into<redb::Error>) -> OpenError {
 
 fn open_file(path: &Path) -> Result<Contents, OpenError> {
     let fresh = !path.try_exists().map_err(|error| file(redb::Error::Io(error)))?;
-    let database = match Database::create(path) {
+    let database = match database::open(path) {
         Err(DatabaseError::DatabaseAlreadyOpen) => return Err(OpenError::Locked),
         other => other.map_err(file)?,
     };
