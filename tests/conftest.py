@@ -6,6 +6,7 @@ data directory of the run for a look afterwards.
 import datetime
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from harness.node import Node, binary, live
 HERE = Path(__file__).parent
 
 clients.loopback_for_localhost()
+# A shell lets what it starts in the background ignore Ctrl-C, and every program that a test starts would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

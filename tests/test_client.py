@@ -123,13 +123,17 @@ def test_a_microvm_is_called_as_open_says_and_sleeps_and_wakes(node, vm):
 def test_logs_are_followed(node, vm):
     command = [binary(), "logs", "-f", vm[:20], "--data-dir", node.data_dir]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True) as following:
-        seen = []
-        threading.Thread(target=lambda: seen.extend(following.stdout), daemon=True).start()
-        opened = dormouse(node, "open", vm).stdout.strip()
-        node.minted.append(re.search(r"X-aws-proxy-auth: (.+)", opened)[1])
-        subprocess.run(["bash", "-c", opened.replace("curl", "curl -sS --noproxy '*'", 1)], capture_output=True, timeout=60)
-        eventually("the request in the app's log", lambda: any("GET /" in line for line in seen), within=30)
-        following.send_signal(signal.SIGINT)
+        try:
+            seen = []
+            threading.Thread(target=lambda: seen.extend(following.stdout), daemon=True).start()
+            opened = dormouse(node, "open", vm).stdout.strip()
+            node.minted.append(re.search(r"X-aws-proxy-auth: (.+)", opened)[1])
+            subprocess.run(["bash", "-c", opened.replace("curl", "curl -sS --noproxy '*'", 1)], capture_output=True, timeout=60)
+            eventually("the request in the app's log", lambda: any("GET /" in line for line in seen), within=30)
+            following.send_signal(signal.SIGINT)
+            following.wait(timeout=30)
+        finally:
+            following.kill()
     assert "GET /" in dormouse(node, "logs", vm, "--tail", "1").stdout
     assert told(node, "logs", vm, "-n", "1")["log"].count("\n") == 1
 
