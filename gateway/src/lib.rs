@@ -27,7 +27,6 @@ mod drain;
 mod error;
 mod exchange;
 mod framing;
-mod h2_refusals;
 mod headers;
 mod held;
 mod listener;
