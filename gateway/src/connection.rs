@@ -49,9 +49,6 @@ const EMPTY_SETTINGS: [u8; 9] = [0, 0, 0, 4, 0, 0, 0, 0, 0];
 const GOAWAY_FIXED: [u8; 8] = [0, 0, 0, 0, 0, 0, 0, 0xb];
 /// The longest header of an answer that waits for the answer's first bytes.
 const MAX_HELD: usize = 8 * 1024;
-/// What is shorter waits, over HTTP/2, for what else is to be said at the same moment. As long as the buffer that its frames
-/// gather in (third_party/PATCHES.md).
-const SMALL: usize = 2 * 1024;
 /// What a client of HTTP/2 sends before anything else (RFC 9113 §3.4).
 const PREFACE_LENGTH: usize = 24;
 
@@ -180,9 +177,7 @@ impl AsyncWrite for Socket {
                 Poll::Ready(ready) => ready?,
                 Poll::Pending => return self.poll_stalled(cx).map(Err),
             }
-            // Of one piece the kernel makes less ado.
-            let written = if let [only] = bufs { self.tcp.try_write(only) } else { self.tcp.try_write_vectored(bufs) };
-            match written {
+            match self.tcp.try_write_vectored(bufs) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 result => {
                     self.stall = None;
@@ -331,8 +326,6 @@ pub(crate) struct Guarded {
     socket: Socket,
     settings: GuardSettings,
     traffic: Arc<Traffic>,
-    // The same for pingora, which asks anew for each request.
-    proxy_digest: Option<Arc<ProxyDigest>>,
     // Even: a header is awaited. Odd: a request is under way. The service counts it up, through a shared reference.
     turn: AtomicU32,
     // The turn that `meter` and `deadline` belong to.
@@ -348,8 +341,6 @@ pub(crate) struct Guarded {
     // Whether the next small piece is held back, and what is: the begin of an answer goes out in one piece with what follows.
     hold_next: AtomicBool,
     held: Mutex<Vec<u8>>,
-    // Whether what is to be written has waited for its turn (`poll_gather`).
-    gathered: bool,
     // The client has not taken all that it was sent, or cannot: at the close there is nothing to wait for.
     owed: bool,
     closing: Option<Closing>,
@@ -365,9 +356,8 @@ impl Guarded {
         let deadline = Some(Box::pin(tokio::time::sleep(limits.header_deadline)));
         drop(limits);
         let (alpn, ssl) = (tls.selected_alpn_proto(), tls.get_ssl_digest());
-        let proxy_digest = traffic.digest();
         let preface_left = if multiplexed { PREFACE_LENGTH } else { 0 };
-        Self { tls: Shared(Mutex::new(tls)), alpn, ssl, socket, settings, traffic, proxy_digest, turn: AtomicU32::new(turn), metered_turn: turn, meter, body_came: false, deadline, preface_left, refused: None, hold_next: AtomicBool::new(false), held: Mutex::default(), gathered: false, owed: false, closing: None }
+        Self { tls: Shared(Mutex::new(tls)), alpn, ssl, socket, settings, traffic, turn: AtomicU32::new(turn), metered_turn: turn, meter, body_came: false, deadline, preface_left, refused: None, hold_next: AtomicBool::new(false), held: Mutex::default(), owed: false, closing: None }
     }
 
     /// The connection under a pingora session, if it is HTTP/1.1.
@@ -468,18 +458,6 @@ impl Guarded {
             }
         }
         Pin::new(&mut self.tls).poll_write(cx, buf)
-    }
-
-    /// Lets those who are ready to run say what they have to say before a small piece of HTTP/2 is written: the answers of
-    /// several streams then are one TLS record, one segment and one wake of the client, not one for each.
-    fn poll_gather(&mut self, cx: &mut Context<'_>, length: usize) -> Poll<()> {
-        let multiplexed = self.header_turn().is_none() && self.alpn == Some(ALPN::H2);
-        if !multiplexed || length >= SMALL || std::mem::replace(&mut self.gathered, true) {
-            return Poll::Ready(());
-        }
-        // Behind all tasks that are ready, not before them: a task that wakes itself while it runs is the last in the queue.
-        cx.waker().wake_by_ref();
-        Poll::Pending
     }
 
     fn noted<T>(&mut self, outcome: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
@@ -589,7 +567,6 @@ impl AsyncWrite for Guarded {
 
     fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
         ready!(self.poll_release(cx))?;
-        ready!(self.poll_gather(cx, bufs.iter().map(|buf| buf.len()).sum()));
         let written = Pin::new(&mut self.tls).poll_write_vectored(cx, bufs);
         self.noted(written)
     }
@@ -602,7 +579,6 @@ impl AsyncWrite for Guarded {
         let released = self.poll_release(cx);
         ready!(self.noted(released))?;
         let flushed = Pin::new(&mut self.tls).poll_flush(cx);
-        self.gathered &= flushed.is_pending();
         self.noted(flushed)
     }
 
@@ -692,7 +668,7 @@ impl GetTimingDigest for Guarded {
 
 impl GetProxyDigest for Guarded {
     fn get_proxy_digest(&self) -> Option<Arc<ProxyDigest>> {
-        self.proxy_digest.clone()
+        self.traffic.digest()
     }
 }
 

@@ -28,14 +28,13 @@ pub(crate) struct Connection {
 pub(crate) struct Pool {
     places: usize,
     waiting: AtomicUsize,
-    // Keyed as the default hasher is, in a third of its time.
-    by_target: DashMap<Target, Vec<Connection>, ahash::RandomState>,
+    by_target: DashMap<Target, Vec<Connection>>,
 }
 
 impl Pool {
     /// Room for so many in all.
     pub fn new(places: usize) -> Self {
-        Self { places, waiting: AtomicUsize::new(0), by_target: DashMap::default() }
+        Self { places, waiting: AtomicUsize::new(0), by_target: DashMap::new() }
     }
 
     /// The connection to `target` that was used last, which its app is the least likely to have closed.
