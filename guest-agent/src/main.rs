@@ -10,7 +10,6 @@ mod agent;
 mod app;
 mod cgroup;
 mod egress;
-mod hangup;
 mod host;
 mod listeners;
 mod machine;
