@@ -50,6 +50,16 @@ def wants_all(request):
     return request.config.getoption("--kills") == "all"
 
 
+def sweep(what, once, fewest, wants_all):
+    """Does it once to count its steps, and once more for each kill."""
+    steps = once("count")
+    assert len(steps) >= fewest, steps
+    places = every(steps) if wants_all else spread(steps, MOST)
+    for kill in places:
+        once(f"{kill.when}-{kill.number}", kill)
+    print(f"{what}: {len(steps)} steps, {len(places)} kills")
+
+
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("operation", SWEPT, ids=lambda operation: operation.__name__)
 def test_a_node_killed_in_the_middle_comes_back_consistent(world, wants_all, operation):
@@ -103,13 +113,8 @@ def test_an_orderly_stop_may_be_cut_anywhere(world, wants_all):
         world.check()
         return steps
 
-    steps = stop("count")
     # It writes down where its microVMs are, and ends what waited ready.
-    assert len(steps) >= 4, steps
-    places = every(steps) if wants_all else spread(steps, MOST)
-    for kill in places:
-        stop(f"{kill.when}-{kill.number}", kill)
-    print(f"stop: {len(steps)} steps, {len(places)} kills")
+    sweep("stop", stop, 4, wants_all)
 
 
 @pytest.mark.timeout(3600)
@@ -126,12 +131,7 @@ def test_the_first_start_of_all_may_be_cut_anywhere(run_dir, stepper, wants_all)
         assert not kept, f"a first start killed {kill and kill.when} {steps[-1]} leaves: {'; '.join(kept)}"
         return steps
 
-    steps = begin("count")
-    assert len(steps) >= 20, steps
-    places = every(steps) if wants_all else spread(steps, MOST)
-    for kill in places:
-        begin(f"{kill.when}-{kill.number}", kill)
-    print(f"first start: {len(steps)} steps, {len(places)} kills")
+    sweep("first start", begin, 20, wants_all)
 
 
 def test_a_rotation_of_the_key_of_tokens_may_be_cut_anywhere(world, wants_all):
@@ -150,17 +150,17 @@ def test_a_rotation_of_the_key_of_tokens_may_be_cut_anywhere(world, wants_all):
                 assert answer.status == 200, f"a rotation killed {kill}: {answer}"
                 world.served[vm.id] += 1
 
-    steps = rotate("count")
-    assert len(steps) >= 4, steps
-    places = every(steps) if wants_all else spread(steps, MOST)
-    for kill in places:
-        rotate(f"{kill.when}-{kill.number}", kill)
-        # What the ring's file says is what the next start reads, and the next rotation writes.
-        rotate("again")
-        node.kill()
-        node.start()
-        world.check()
-    print(f"rotate-token-key: {len(steps)} steps, {len(places)} kills")
+    def cut(name, kill=None):
+        steps = rotate(name, kill)
+        if kill:
+            # What the ring's file says is what the next start reads, and the next rotation writes.
+            rotate("again")
+            node.kill()
+            node.start()
+            world.check()
+        return steps
+
+    sweep("rotate-token-key", cut, 4, wants_all)
 
 
 def test_tokens_are_made_without_a_step(world):

@@ -56,6 +56,8 @@ class Operation:
 
     # The steps of the operations under test that a run is expected to have at least, so that a blind tracer is seen.
     least_steps = 3
+    # Whether the call of this case has been answered; or with what.
+    answered = False
 
     @property
     def name(self):
@@ -64,18 +66,31 @@ class Operation:
     def arrange(self, world):
         pass
 
+    def call(self, world):
+        self.ask(world)
+        self.answered = True
+
+    def done(self, world):
+        return self.answered
+
     def ended(self, world, vm):
         with contextlib.suppress(ClientError):
             vm.terminate()
 
+    def runs(self, world, arn):
+        """The image is whole."""
+        vm = Microvm.run(world.node, arn)
+        assert vm.count()["count"] == 1
+        vm.terminate()
+
 
 class RunMicrovm(Operation):
     least_steps = 20
+    answered = None
 
     def arrange(self, world):
         self.token = str(uuid.uuid4())
         self.before = {vm["microvmId"] for vm in pages(world.node.client(), "list_microvms")}
-        self.answered = None
 
     def ask(self, world):
         return world.node.client().run_microvm(
@@ -115,13 +130,8 @@ class OfOne(Operation):
     def arrange(self, world):
         self.vm = Microvm.run(world.node, world.image)
         self.served = self.vm.count()["count"]
-        self.answered = False
         if self.asleep:
             self.vm.suspend()
-
-    def call(self, world):
-        self.ask(world)
-        self.answered = True
 
     def done(self, world):
         return self.vm.state == self.after
@@ -137,11 +147,11 @@ class SuspendMicrovm(OfOne):
         world.node.client().suspend_microvm(microvmIdentifier=self.vm.id)
 
     def judge(self, world):
-        state = settled(self.vm, "RUNNING", "SUSPENDED")
+        settled(self.vm, "RUNNING", "SUSPENDED")
         assert self.vm.view().get("stateReason") is None, self.vm.view()
         self.served = as_it_was(self.vm, self.served)
         self.ask(world)
-        settled(self.vm, "SUSPENDED") if state else None
+        settled(self.vm, "SUSPENDED")
         self.vm.reaches("SUSPENDED", within=60)
         self.served = as_it_was(self.vm, self.served)
 
@@ -189,17 +199,9 @@ class TagResource(Operation):
 
     def arrange(self, world):
         world.node.client().tag_resource(Resource=world.image, Tags={"kept": "yes", "changed": "old"})
-        self.answered = False
 
     def ask(self, world):
         world.node.client().tag_resource(Resource=world.image, Tags={"changed": "new"})
-
-    def call(self, world):
-        self.ask(world)
-        self.answered = True
-
-    def done(self, world):
-        return self.answered
 
     def judge(self, world):
         told = lambda: world.node.client().list_tags(Resource=world.image)["Tags"]
@@ -221,18 +223,8 @@ class UntagResource(TagResource):
 class UpdateMicrovmImageVersion(Operation):
     least_steps = 4
 
-    def arrange(self, world):
-        self.answered = False
-
     def ask(self, world, status="INACTIVE"):
         world.node.client().update_microvm_image_version(imageIdentifier=world.image, imageVersion="1.0", status=status)
-
-    def call(self, world):
-        self.ask(world)
-        self.answered = True
-
-    def done(self, world):
-        return self.answered
 
     def judge(self, world):
         told = lambda: world.node.client().get_microvm_image_version(imageIdentifier=world.image, imageVersion="1.0")["status"]
@@ -253,7 +245,7 @@ class CreateMicrovmImage(Operation):
     numbers = itertools.count(1)
 
     def arrange(self, world):
-        self.image_name, self.token, self.answered = f"made-{next(self.numbers)}", str(uuid.uuid4()), None
+        self.image_name, self.token = f"made-{next(self.numbers)}", str(uuid.uuid4())
 
     def request(self, world):
         return world.build_request(self.artifact) | {"clientToken": self.token}
@@ -282,15 +274,13 @@ class CreateMicrovmImage(Operation):
             assert [again[member] for member in same] == [self.answered[member] for member in same], f"{self.answered} and then {again}"
         assert self.listed(world, self.arn) in self.versions, f"one call has made {self.listed(world, self.arn)}"
         state = eventually(f"{self.image_name} to be built or not", lambda: (seen := world.image_state(self.arn)) in self.ends and seen, within=images.BUILT_WITHIN)
-        self.judge_build(world, state, again["imageVersion"])
+        builds = world.node.client().list_microvm_image_builds(imageIdentifier=self.arn, imageVersion=again["imageVersion"])["items"]
+        self.judge_build(world, state, builds[0])
         assert self.ask(world)["imageVersion"] == again["imageVersion"]
 
-    def judge_build(self, world, state, version):
-        build = world.node.client().list_microvm_image_builds(imageIdentifier=self.arn, imageVersion=version)["items"][0]
+    def judge_build(self, world, state, build):
         if state == self.ends[0]:
-            vm = Microvm.run(world.node, self.arn)
-            assert vm.count()["count"] == 1
-            vm.terminate()
+            self.runs(world, self.arn)
         else:
             assert build["stateReason"].startswith("INTERNAL_PLATFORM_ERROR: the node stopped"), build
 
@@ -305,8 +295,7 @@ class CreateMicrovmImageThatFails(CreateMicrovmImage):
     artifact = "bad"
     ends = ("CREATE_FAILED",)
 
-    def judge_build(self, world, state, version):
-        build = world.node.client().list_microvm_image_builds(imageIdentifier=self.arn, imageVersion=version)["items"][0]
+    def judge_build(self, world, state, build):
         assert "Dockerfile" in build["stateReason"] or "the node stopped" in build["stateReason"], build
 
 
@@ -338,15 +327,11 @@ class DeleteMicrovmImage(Operation):
     numbers = itertools.count(1)
 
     def arrange(self, world):
-        self.image_name, self.answered = f"planted-{next(self.numbers)}", False
+        self.image_name = f"planted-{next(self.numbers)}"
         self.arn = world.plant(self.image_name)
 
     def ask(self, world):
         return world.node.client().delete_microvm_image(imageIdentifier=self.arn)["state"]
-
-    def call(self, world):
-        self.ask(world)
-        self.answered = True
 
     def done(self, world):
         return world.image_state(self.arn) is None and world.trash_is_empty()
@@ -355,9 +340,7 @@ class DeleteMicrovmImage(Operation):
         if self.answered:
             eventually(f"{self.image_name} to be gone", lambda: world.image_state(self.arn) is None, within=30)
         elif world.image_state(self.arn) is not None:
-            vm = Microvm.run(world.node, self.arn)
-            assert vm.count()["count"] == 1
-            vm.terminate()
+            self.runs(world, self.arn)
         assert self.ask(world) in ("DELETING", "DELETED")
         eventually(f"{self.image_name} to be gone", lambda: world.image_state(self.arn) is None, within=30)
         assert self.ask(world) == "DELETED"
@@ -387,9 +370,7 @@ class DeleteMicrovmImageVersion(DeleteMicrovmImage):
             eventually("the version to be gone", gone, within=30)
         elif not gone():
             assert self.there(world) == ["2.0", "1.0"]
-            vm = Microvm.run(world.node, self.arn)
-            assert vm.count()["count"] == 1
-            vm.terminate()
+            self.runs(world, self.arn)
         assert self.ask(world) in ("DELETING", "DELETED")
         eventually("the version to be gone", gone, within=30)
         assert self.ask(world) == "DELETED"
@@ -403,17 +384,9 @@ class PutObject(Operation):
 
     def arrange(self, world):
         world.node.client("s3").put_object(Bucket=images.BUCKET, Key=self.key, Body=self.old)
-        self.answered = False
 
     def ask(self, world):
         world.node.client("s3").put_object(Bucket=images.BUCKET, Key=self.key, Body=self.new)
-
-    def call(self, world):
-        self.ask(world)
-        self.answered = True
-
-    def done(self, world):
-        return self.answered
 
     def content(self, world):
         try:
@@ -445,17 +418,10 @@ class CreateBucket(Operation):
     numbers = itertools.count(1)
 
     def arrange(self, world):
-        self.bucket, self.answered = f"bucket-{next(self.numbers)}", False
+        self.bucket = f"bucket-{next(self.numbers)}"
 
     def ask(self, world):
         world.node.client("s3").create_bucket(Bucket=self.bucket)
-
-    def call(self, world):
-        self.ask(world)
-        self.answered = True
-
-    def done(self, world):
-        return self.answered
 
     def there(self, world):
         return self.bucket in [bucket["Name"] for bucket in world.node.client("s3").list_buckets()["Buckets"]]
