@@ -6,6 +6,7 @@
 use std::{fs, io, path::Path};
 
 use redb::{Database, DatabaseError, StorageError};
+use vmm_runtime::snapshot::atomic;
 
 /// Opens the file; makes it if it is missing, by another name first. Only one process at a time may do that: the caller holds the
 /// lock of the data directory.
@@ -19,8 +20,7 @@ pub fn open(path: &Path) -> Result<Database, DatabaseError> {
         }
         drop(Database::create(&half)?);
         fs::rename(&half, path).map_err(failed)?;
-        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        fs::File::open(parent).and_then(|dir| dir.sync_all()).map_err(failed)?;
+        atomic::sync_parent(path).map_err(failed)?;
     }
     Database::create(path)
 }

@@ -89,8 +89,7 @@ pub fn owner_of(process_dir: &Path) -> Option<Owner> {
 /// of one that a `serve` which was killed has left. Not for a microVM that is being started.
 pub fn disown(process_dir: &Path) {
     let Ok(Some(owner)) = read::<Owner>(&process_dir.join(OWNER)) else { return };
-    // As it is named while it is written (see `atomic::replace_file`).
-    let _ = fs::remove_file(owner.dir.join(RECORD).with_extension("tmp"));
+    let _ = fs::remove_file(atomic::half_of(&owner.dir.join(RECORD)));
     if owner_of(process_dir).is_some() {
         remove(&owner.dir);
     }

@@ -29,7 +29,7 @@ pub use self::{
     network::{GUEST_ADDRESS, HOST_ADDRESS, Network},
     probe::{Probe, probe},
 };
-pub use crate::host::{DEFAULT_LOG_BYTES, EgressPolicy, HostConfig, Limits, PoolConfig, process};
+pub use crate::host::{DEFAULT_LOG_BYTES, HostConfig, Limits, PoolConfig, process};
 use crate::{
     engine::{EngineError, Usage},
     host::{

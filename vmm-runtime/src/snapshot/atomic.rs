@@ -48,7 +48,7 @@ impl Staging {
             return Err(io::Error::new(io::ErrorKind::AlreadyExists, format!("{} exists already", to.display())));
         }
         fs::rename(&self.path, to)?;
-        if let Err(error) = sync_dir(parent(to)) {
+        if let Err(error) = sync_parent(to) {
             fs::rename(to, &self.path)?;
             return Err(error);
         }
@@ -78,6 +78,11 @@ pub fn sync_dir(path: &Path) -> io::Result<()> {
     File::open(path)?.sync_all()
 }
 
+/// Makes the name of a file or directory durable.
+pub fn sync_parent(path: &Path) -> io::Result<()> {
+    sync_dir(parent(path))
+}
+
 /// Makes the content of a file durable.
 pub fn sync_file(path: &Path) -> io::Result<()> {
     File::open(path)?.sync_all()
@@ -85,9 +90,14 @@ pub fn sync_file(path: &Path) -> io::Result<()> {
 
 /// Replaces a small file in one step. Not durable: for what means nothing after a restart of the host.
 pub fn replace_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let tmp = path.with_extension("tmp");
-    fs::write(&tmp, bytes)?;
-    fs::rename(&tmp, path)
+    let half = half_of(path);
+    fs::write(&half, bytes)?;
+    fs::rename(&half, path)
+}
+
+/// How a file is named while [`replace_file`] writes it.
+pub fn half_of(path: &Path) -> PathBuf {
+    path.with_extension("tmp")
 }
 
 /// Removes what writers that were killed left in a directory.

@@ -20,10 +20,10 @@ use std::{
 use async_trait::async_trait;
 use model::{MicrovmId, Rights, Shape};
 use vmm_runtime::{
+    EgressPolicy,
     conformance::{self, Bench, HTTP},
     engine::{AppSpec, Engine, LaunchSpec},
     guest_kit::{self, GuestKit},
-    kvm::EgressPolicy,
     qemu::{DEFAULT_LOG_BYTES, HostConfig, Limits, PoolConfig, process::Process},
 };
 
