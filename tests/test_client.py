@@ -233,8 +233,9 @@ def test_a_shell_is_a_terminal_with_its_size(node, vm):
 
     eventually("the new size to be known", asked_again, within=60, every=0.5)
     # Keys go to the guest: Ctrl-C ends what runs there, and not us.
-    terminal.type("sleep 1000\n")
-    terminal.shows("sleep 1000")
+    # What was typed is shown before it runs; Ctrl-C so early would end nothing.
+    terminal.type("sh -c 'echo runs-$((40+2)); exec sleep 1000'\n")
+    terminal.shows("runs-42\r\n")
     terminal.type("\x03")
     terminal.type("echo alive-$((40+2))\n")
     terminal.shows("alive-42\r\n")

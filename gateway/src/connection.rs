@@ -35,7 +35,7 @@ use tokio::{
     time::{Instant, Sleep},
 };
 
-use crate::{Limits, access_log::{AccessLog, Entry}, drain::Traffic, framing::HeaderLimits, meter::HeaderMeter, metrics::{Metrics, Protocol}, reply::Reason};
+use crate::{Limits, access_log::{AccessLog, Entry}, drain::Traffic, framing::HeaderLimits, meter::HeaderMeter, metrics::{Metrics, Protocol}, reply::Reason, tickets::{HandshakeEnd, Tickets}};
 
 /// After the last answer on a connection that is closed with input unread: what still comes is read and thrown away until
 /// nothing has come for this long, so that the close does not reach the client as a reset that overtakes the answer. A
@@ -59,11 +59,13 @@ pub(crate) struct Socket {
     // How long the client may take nothing of what is written, and since when it has not.
     patience: Duration,
     stall: Option<Pin<Box<Sleep>>>,
+    // Of the handle that TLS is spoken through.
+    tickets: Option<Tickets>,
 }
 
 impl Clone for Socket {
     fn clone(&self) -> Self {
-        Self { tcp: self.tcp.clone(), digest: self.digest.clone(), patience: self.patience, stall: None }
+        Self { tcp: self.tcp.clone(), digest: self.digest.clone(), patience: self.patience, stall: None, tickets: None }
     }
 }
 
@@ -76,7 +78,13 @@ impl Socket {
         let digest = SocketDigest::from_raw_fd(tcp.as_raw_fd());
         // Set now: pingora would ask the descriptor when it is needed, which may by then be another connection's.
         let _ = digest.peer_addr.set(Some(PingoraAddr::Inet(peer)));
-        Self { tcp: Arc::new(tcp), digest: Arc::new(digest), patience: limits.write_deadline, stall: None }
+        Self { tcp: Arc::new(tcp), digest: Arc::new(digest), patience: limits.write_deadline, stall: None, tickets: None }
+    }
+
+    /// A handle to speak TLS through, which keeps session tickets back, and who is told when the handshake is over.
+    pub fn for_tls(&self) -> (Self, HandshakeEnd) {
+        let (tickets, end) = Tickets::new();
+        (Self { tickets: Some(tickets), ..self.clone() }, end)
     }
 
     /// The client's address.
@@ -116,6 +124,22 @@ impl Socket {
         }
     }
 
+    fn poll_send(&mut self, cx: &mut Context<'_>, bufs: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        loop {
+            match self.tcp.poll_write_ready(cx) {
+                Poll::Ready(ready) => ready?,
+                Poll::Pending => return self.poll_stalled(cx).map(Err),
+            }
+            match self.tcp.try_write_vectored(bufs) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                result => {
+                    self.stall = None;
+                    return Poll::Ready(result);
+                }
+            }
+        }
+    }
+
     /// Whether the client has taken nothing for too long. To be asked only while something is to be written.
     fn poll_stalled(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
         let stall = self.stall.get_or_insert_with(|| Box::pin(tokio::time::sleep(self.patience)));
@@ -142,7 +166,7 @@ impl fmt::Debug for Socket {
 }
 
 impl AsyncRead for Socket {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         loop {
             ready!(self.tcp.poll_read_ready(cx))?;
             let room = buf.initialize_unfilled();
@@ -157,6 +181,7 @@ impl AsyncRead for Socket {
             match (read, outcome) {
                 (Some(length), _) => {
                     buf.advance(length);
+                    self.tickets.iter_mut().for_each(Tickets::heard);
                     return Poll::Ready(Ok(()));
                 }
                 (None, Err(error)) if error.kind() == io::ErrorKind::WouldBlock => {}
@@ -172,19 +197,23 @@ impl AsyncWrite for Socket {
     }
 
     fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
-        loop {
-            match self.tcp.poll_write_ready(cx) {
-                Poll::Ready(ready) => ready?,
-                Poll::Pending => return self.poll_stalled(cx).map(Err),
-            }
-            match self.tcp.try_write_vectored(bufs) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                result => {
-                    self.stall = None;
-                    return Poll::Ready(result);
-                }
-            }
+        let length = bufs.iter().map(|buf| buf.len()).sum();
+        if self.tickets.as_mut().is_some_and(|tickets| tickets.hold(bufs)) {
+            return Poll::Ready(Ok(length));
         }
+        while let Some(held) = self.tickets.as_mut().and_then(Tickets::take) {
+            let pieces: Vec<_> = std::iter::once(IoSlice::new(&held)).chain(bufs.iter().copied()).collect();
+            let sent = self.poll_send(cx, &pieces);
+            let taken = if let Poll::Ready(Ok(taken)) = sent { taken } else { 0 };
+            if taken > held.len() {
+                return Poll::Ready(Ok(taken - held.len()));
+            }
+            self.tickets.iter_mut().for_each(|tickets| tickets.put_back(&held[taken..]));
+            ready!(sent)?;
+        }
+        let written = ready!(self.poll_send(cx, bufs))?;
+        self.tickets.iter_mut().for_each(|tickets| tickets.wrote(written, length));
+        Poll::Ready(Ok(written))
     }
 
     fn is_write_vectored(&self) -> bool {

@@ -39,6 +39,7 @@ mod reply;
 mod route;
 mod service;
 mod tally;
+mod tickets;
 mod tls;
 mod upstream;
 mod wake;

@@ -178,10 +178,14 @@ impl Accepted {
             drain.begins().await;
             tokio::time::sleep(MOMENT).await;
         };
+        let (for_tls, end) = self.socket.for_tls();
         let failure = tokio::select! {
             biased;
-            shaken = acceptor.tls_handshake(self.socket.clone()) => match shaken {
-                Ok(tls) => return Some((tls, self.socket)),
+            shaken = acceptor.tls_handshake(for_tls) => match shaken {
+                Ok(tls) => {
+                    end.reached();
+                    return Some((tls, self.socket));
+                }
                 Err(error) => error.to_string(),
             },
             () = tokio::time::sleep(self.deadline) => "took too long".to_owned(),

@@ -1,8 +1,12 @@
 //! Connections themselves: handshakes, limits, slow clients, keepalive, drain, and a new certificate (cases 23, 34, 37, 47).
 
-use std::{sync::atomic::Ordering, time::Duration};
+use std::{
+    sync::atomic::Ordering,
+    time::{Duration, Instant},
+};
 
 use model::PortScope;
+use rustls::HandshakeKind;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
@@ -42,6 +46,35 @@ async fn case_23_what_is_negotiated() {
     // Nothing in common: a clean alert.
     let refused = rig.try_tls("anything.microvm.localhost", &["spdy/3"]).await.unwrap_err();
     assert!(refused.to_string().contains("NoApplicationProtocol"), "{refused}");
+}
+
+/// A client of OpenSSL that reads in one thread and writes in another may break if it is sent them earlier.
+#[tokio::test(flavor = "multi_thread")]
+async fn session_tickets_come_with_the_first_answer_and_are_good() {
+    let header_deadline = Duration::from_millis(300);
+    let rig = Rig::with(|config| config.header_deadline = header_deadline).await;
+    for protocol in ["http/1.1", "h2"] {
+        let client = rig.tls_client(&[protocol]);
+        let connect = async || {
+            let tcp = TcpStream::connect(rig.address).await.unwrap();
+            within("the TLS handshake", client.connect("anything.microvm.localhost".try_into().unwrap(), tcp)).await.unwrap()
+        };
+        let begun = Instant::now();
+        let silent = connect().await;
+        within("the end of a connection on which nothing is asked", silent.get_ref().0.readable()).await.unwrap();
+        if protocol == "http/1.1" {
+            assert!(begun.elapsed() >= header_deadline, "something was sent after {:?}", begun.elapsed());
+        }
+        let mut first = connect().await;
+        assert_eq!(first.get_ref().1.handshake_kind(), Some(HandshakeKind::Full));
+        let request: &[u8] = if protocol == "h2" { b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0" } else { b"GET / HTTP/1.1\r\nhost: x\r\n\r\n" };
+        first.write_all(request).await.unwrap();
+        assert!(within("the answer", first.read(&mut [0; 4096])).await.unwrap() > 0);
+        let mut second = connect().await;
+        assert_eq!(second.get_ref().1.handshake_kind(), Some(HandshakeKind::Resumed), "{protocol}");
+        second.write_all(request).await.unwrap();
+        assert!(within("the answer", second.read(&mut [0; 4096])).await.unwrap() > 0);
+    }
 }
 
 /// Returns when the gateway has closed the connection.

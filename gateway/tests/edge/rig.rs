@@ -204,10 +204,15 @@ impl Rig {
     }
 
     async fn try_tls_over(&self, tcp: TcpStream, name: &'static str, alpn: &[&str]) -> std::io::Result<TlsStream<TcpStream>> {
+        tcp.set_nodelay(true).unwrap();
+        within("the TLS handshake", self.tls_client(alpn).connect(ServerName::try_from(name).unwrap(), tcp)).await
+    }
+
+    /// A client that keeps its sessions, if it is used again.
+    pub fn tls_client(&self, alpn: &[&str]) -> TlsConnector {
         let mut config = rustls::ClientConfig::builder().with_root_certificates(self.authority.roots.clone()).with_no_client_auth();
         config.alpn_protocols = alpn.iter().map(|protocol| protocol.as_bytes().to_vec()).collect();
-        tcp.set_nodelay(true).unwrap();
-        within("the TLS handshake", TlsConnector::from(Arc::new(config)).connect(ServerName::try_from(name).unwrap(), tcp)).await
+        TlsConnector::from(Arc::new(config))
     }
 
     pub async fn h1(&self) -> H1 {
