@@ -3,6 +3,8 @@ stream when its microVM goes to sleep."""
 import hashlib
 import json
 import os
+import random
+import time
 
 import httpx
 import httpx_sse
@@ -48,6 +50,24 @@ def test_an_upload_waits_for_a_sleeper_and_arrives_whole(run, kitchen_image, htt
         answer = client.post("/upload", content=data)
     assert answer.status_code == 200, f"{answer.status_code} {answer.text!r} {dict(answer.headers)}"
     assert (answer.json()["sha256"], answer.json()["bytes"]) == (hashlib.sha256(data).hexdigest(), len(data))
+
+
+def test_an_app_that_closes_what_idles_costs_no_request(node, kitchen):
+    """It closes a connection about when it is used again, as apps with a short keep-alive do all day."""
+    retries = lambda: node.metrics().total("edge_retries_total", cause="untouched")
+    before, sent, dice, begun = retries(), [], random.Random(4), time.monotonic()
+    with kitchen.http() as one, kitchen.http(http2=True) as two:
+        while len(sent) < 300 or retries() - before < 10:
+            assert time.monotonic() - begun < 120, f"of {len(sent)} requests only {retries() - before:g} crossed the close of their connection"
+            for number in range(100):
+                name, size = f"{len(sent)}", number % 3 * 10_000
+                content = bytes(size) if number % 2 or not size else iter([bytes(size // 2)] * 2)
+                path = f"/hasty?id={name}&after={dice.uniform(0, 0.02):.4f}"
+                answer = (one if number % 5 else two).post(path, content=content)
+                assert answer.status_code == 200, f"request {name}: {answer.status_code} {dict(answer.headers)}"
+                assert answer.json() == {"bytes": size}
+                sent.append(name)
+        assert one.get("/hasty").json() == dict.fromkeys(sent, 1), "each came exactly once"
 
 
 @HTTP

@@ -6,14 +6,15 @@
 //! on that way, which is still taken for HTTP/2 towards the app and for WebSockets.
 //!
 //! Owns: the order of reading and writing between the two sessions, and which connection to the app is used. Never sends a
-//! request twice: what fails before anything was sent is tried again, nothing else is.
+//! request to an app that may have seen it: what fails before anything was sent is tried again, and so is what was sent on a
+//! connection that its app had closed by then, which the guest's agent vouches for (`Use::is_untouched`). Nothing else is.
 
 use std::future::poll_fn;
 
 use bytes::Bytes;
 use http::{HeaderName, Method, StatusCode, Version, header};
 use pingora_core::{
-    Error, ErrorType,
+    Error, ErrorSource, ErrorType,
     protocols::http::{
         HttpTask, ServerSession as ClientSession,
         v1::client::{HttpSession as AppSession, RawRequestFraming},
@@ -26,6 +27,7 @@ use crate::{
     connection::Guarded,
     context::Context,
     framing, headers,
+    metrics::RetryCause,
     reply::Reason,
     service::{Service, client_left},
     upstream::{
@@ -37,6 +39,46 @@ use crate::{
 };
 
 type Result<T, E = Box<Error>> = std::result::Result<T, E>;
+
+/// The most of a body that is kept until the app begins to answer, to be said again. A connection that its app has closed is found
+/// out within a round trip to the guest, in which few clients send more.
+const KEPT: usize = 64 * 1024;
+
+/// What the app was sent of the body, as long as it may have to be said again.
+struct Passed {
+    pieces: Vec<Bytes>,
+    bytes: usize,
+    over: bool,
+    whole: bool,
+}
+
+impl Passed {
+    fn nothing() -> Self {
+        Self { pieces: Vec::new(), bytes: 0, over: false, whole: true }
+    }
+
+    fn pass(&mut self, piece: &Bytes) {
+        if self.whole && self.bytes + piece.len() <= KEPT {
+            self.bytes += piece.len();
+            self.pieces.push(piece.clone());
+        } else {
+            self.forget();
+        }
+    }
+
+    /// It is not said again.
+    fn forget(&mut self) {
+        (self.whole, self.pieces) = (false, Vec::new());
+    }
+}
+
+/// Which connections may be used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Connections {
+    Any,
+    /// None that has idled.
+    New,
+}
 
 /// What comes next.
 enum Event {
@@ -52,22 +94,30 @@ impl Service {
         if ctx.speaks != Speaks::Http1 || !has_plain_target(session.req_header()) {
             return Ok(false);
         }
-        let connection = loop {
-            match self.connection(session, ctx).await {
-                Ok(Some(connection)) => break connection,
-                Ok(None) => return Ok(false),
+        let (mut passed, mut connections) = (Passed::nothing(), Connections::Any);
+        let (mut app, link, reusable) = loop {
+            let Connection { stream, link } = match self.connection(session, ctx, connections).await {
+                Ok(Some(connection)) => connection,
+                Ok(None) if connections == Connections::Any => return Ok(false),
+                // It speaks something else than it did a moment ago.
+                Ok(None) => return Err(Self::fail(ctx, Reason::GuestBroke)),
                 // Nothing was sent.
-                Err(error) if error.retry() => {}
+                Err(error) if error.retry() => continue,
                 Err(error) => return Err(error),
-            }
-        };
-        let Connection { stream, link } = connection;
-        let mut app = AppSession::new(stream);
-        let reusable = match self.converse(session, &mut app, ctx).await {
-            Ok(reusable) => reusable,
-            Err(error) => {
-                release(session.as_downstream()).await;
-                return Err(error);
+            };
+            ctx.bytes_in = passed.bytes as u64;
+            let mut app = AppSession::new(stream);
+            match self.converse(session, &mut app, ctx, &mut passed).await {
+                Ok(reusable) => break (app, link, reusable),
+                Err(error) if passed.whole && self.is_unseen(ctx, &error).await => {
+                    ctx.retries = ctx.retries.saturating_add(1);
+                    self.metrics.retry(RetryCause::Untouched);
+                    connections = Connections::New;
+                }
+                Err(error) => {
+                    release(session.as_downstream()).await;
+                    return Err(error);
+                }
             }
         };
         ctx.link = None;
@@ -80,13 +130,25 @@ impl Service {
         Ok(true)
     }
 
+    /// Whether the app had closed the connection, which was used before, when the request was sent on it, and has seen nothing of it.
+    async fn is_unseen(&self, ctx: &Context, error: &Error) -> bool {
+        let is_the_apps = ctx.reused && ctx.reason.is_none() && *error.esource() == ErrorSource::Upstream;
+        match &ctx.link {
+            // Whatever cut the connection meanwhile says what the client is told.
+            Some(link) if is_the_apps => link.is_untouched().await && ctx.cut.get().is_none(),
+            _ => false,
+        }
+    }
+
     /// A connection to the app, taken up for this request; `None` if the app speaks HTTP/2.
-    async fn connection(&self, session: &mut Session, ctx: &mut Context) -> Result<Option<Connection>> {
+    async fn connection(&self, session: &mut Session, ctx: &mut Context, connections: Connections) -> Result<Option<Connection>> {
         let target = self.target(session, ctx).await?;
         if target.speaks != Speaks::Http1 {
             return Ok(None);
         }
-        if let Some((connection, taken)) = self.peers.pool().take(target) {
+        if connections == Connections::Any
+            && let Some((connection, taken)) = self.peers.pool().take(target)
+        {
             ctx.reused = true;
             self.begin_use(session, ctx, &connection.link, taken);
             return Ok(Some(connection));
@@ -121,15 +183,21 @@ impl Service {
     }
 
     /// Carries both bodies until both are over. Whether the connection to the app may serve another request.
-    async fn converse(&self, session: &mut Session, app: &mut AppSession, ctx: &mut Context) -> Result<bool> {
+    async fn converse(&self, session: &mut Session, app: &mut AppSession, ctx: &mut Context, passed: &mut Passed) -> Result<bool> {
         let bodyless = session.as_downstream_mut().is_body_empty();
         let request = session.req_header();
         let Ok((wire, framing)) = request_for_app(request, bodyless, &ctx.request_id) else {
             return Err(Self::fail(ctx, Reason::MalformedRequest));
         };
         app.write_raw_request_header(&wire, request.method == Method::HEAD, framing).await.map_err(Error::into_up)?;
-        let mut next = bodyless.then_some(Event::Body(Ok(None)));
-        let (mut asked, mut answered, mut reusable, mut unsent) = (false, false, true, None);
+        for piece in &passed.pieces {
+            app.write_body(piece).await.map_err(Error::into_up)?;
+        }
+        if passed.over {
+            app.finish_body().await.map_err(Error::into_up)?;
+        }
+        let mut next = (bodyless && !passed.over).then_some(Event::Body(Ok(None)));
+        let (mut asked, mut answered, mut reusable, mut unsent) = (passed.over, false, true, None);
         while !asked || !answered {
             let event = match next.take() {
                 Some(event) => event,
@@ -159,12 +227,13 @@ impl Service {
             match event {
                 Event::Answer(Ok(task)) => {
                     answered = task.is_end();
+                    passed.forget();
                     self.pass_answer(session, task, ctx).await?;
                 }
                 // Why the app did not get all of the request says more than that it broke off.
                 Event::Answer(Err(error)) => return Err(unsent.unwrap_or(error).into_up()),
                 Event::Body(Err(error)) => return Err(error.into_down()),
-                Event::Body(Ok(body)) => match self.pass_body(session, app, body, ctx).await {
+                Event::Body(Ok(body)) => match self.pass_body(session, app, body, ctx, passed).await {
                     Ok(over) => asked = over,
                     Err(Unpassed::Refused(error)) => return Err(error),
                     // The app takes no more of the request. It may have said why: its answer is still passed on.
@@ -179,14 +248,25 @@ impl Service {
     }
 
     /// Passes a piece of the client's body; `None` is its end. Whether that was all.
-    async fn pass_body(&self, session: &mut Session, app: &mut AppSession, mut body: Option<Bytes>, ctx: &mut Context) -> Result<bool, Unpassed> {
+    async fn pass_body(
+        &self,
+        session: &mut Session,
+        app: &mut AppSession,
+        mut body: Option<Bytes>,
+        ctx: &mut Context,
+        passed: &mut Passed,
+    ) -> Result<bool, Unpassed> {
         let over = body.is_none() || session.as_downstream_mut().is_body_done();
         self.request_body_filter(session, &mut body, over, ctx).await.map_err(Unpassed::Refused)?;
         let untaken = |error: Box<Error>| Unpassed::Untaken(error.into_up());
         // An empty piece would be the end of a chunked body.
         if let Some(bytes) = body.filter(|bytes| !bytes.is_empty()) {
+            if ctx.reused {
+                passed.pass(&bytes);
+            }
             app.write_body(&bytes).await.map_err(untaken)?;
         }
+        passed.over = over;
         if over {
             app.finish_body().await.map_err(untaken)?;
         }

@@ -10,7 +10,7 @@ use std::{
 use model::{Capabilities, Door};
 use protocol::{
     agent::{AppSpec, Reply, Request, Restored},
-    guest::{Guest, GuestEnd},
+    guest::{Guest, GuestEnd, Listens},
 };
 use rustix::process::{Pid, WaitOptions, WaitStatus};
 use tokio::{
@@ -25,6 +25,7 @@ use crate::{
     app,
     cgroup::AppCgroup,
     egress::{Answerers, Egress, Reach},
+    hangup,
     listeners,
     machine::{self, SetupError},
     pipe::Pipe,
@@ -197,6 +198,20 @@ impl Guest for Agent {
         };
         stream.set_nodelay(true)?;
         Ok(Either::Left(stream))
+    }
+
+    fn listens(&self, connection: &Self::Conn) -> Listens {
+        match connection {
+            Either::Left(connection) => hangup::listens(connection),
+            Either::Right(_) => Listens::Yes,
+        }
+    }
+
+    fn has_refused(&self, connection: &Self::Conn, before: u64) -> io::Result<bool> {
+        match connection {
+            Either::Left(connection) => hangup::has_refused(connection, before),
+            Either::Right(_) => Ok(false),
+        }
     }
 
     fn reset(&self, connection: Self::Conn) {

@@ -10,6 +10,7 @@ mod agent;
 mod app;
 mod cgroup;
 mod egress;
+mod hangup;
 mod host;
 mod listeners;
 mod machine;

@@ -74,6 +74,26 @@ pub(crate) fn watch_both(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     Ok(unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE | Interest::WRITABLE) }?)
 }
 
+/// How far a TCP socket has come (`struct tcp_info` of linux/tcp.h).
+pub(crate) struct TcpProgress {
+    /// As in include/net/tcp_states.h.
+    pub state: u8,
+    /// Of the bytes that were sent, and the SYN that was, how many the other end's kernel has taken.
+    pub acked: u64,
+}
+
+/// What the kernel says of a TCP socket. Changes nothing about it, and takes no error away.
+pub(crate) fn tcp_progress(socket: &impl AsFd) -> io::Result<TcpProgress> {
+    /// Up to tcpi_bytes_acked, which stands at 120.
+    const BYTES: usize = 128;
+    let mut info = [0_u8; BYTES];
+    let mut length = BYTES as libc::socklen_t;
+    // SAFETY: getsockopt writes at most `length` bytes, the size of `info`, and both outlive the call.
+    check(unsafe { libc::getsockopt(socket.as_fd().as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, info.as_mut_ptr().cast(), &mut length) })?;
+    let acked = info.last_chunk().filter(|_| length as usize == BYTES).ok_or(io::ErrorKind::Unsupported)?;
+    Ok(TcpProgress { state: info[0], acked: u64::from_ne_bytes(*acked) })
+}
+
 const VSOCK_ADDRESS_BYTES: libc::socklen_t = size_of::<libc::sockaddr_vm>() as libc::socklen_t;
 
 fn vsock_address() -> libc::sockaddr_vm {

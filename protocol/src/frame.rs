@@ -58,9 +58,9 @@ pub enum Kind {
     Data = 7,
     /// The receiver of a stream has room for so many more bytes (u32).
     Credit = 8,
-    /// No more data in this direction.
+    /// No more data in this direction. Guest: with how many bytes of the other one (u64) the app had been given by then.
     Fin = 9,
-    /// The stream is gone.
+    /// The stream is gone. Guest: with how many bytes (u64) the app was given in all, where that is known: it never sees the rest.
     Reset = 10,
     /// Guest: what the app wrote to stdout and stderr.
     Output = 11,

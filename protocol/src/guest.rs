@@ -38,6 +38,17 @@ pub trait Guest: Send + Sync + 'static {
     /// Connects to a door of this guest.
     fn connect(&self, door: Door) -> impl Future<Output = io::Result<Self::Conn>> + Send;
 
+    /// Whether the other end of a connection still listens. Asked before the first bytes behind something that was read.
+    fn listens(&self, _connection: &Self::Conn) -> Listens {
+        Listens::Yes
+    }
+
+    /// Whether the other end had closed a connection before it was given anything behind the first `before` bytes, and takes
+    /// none of it. Asked right after a write to one that was said to listen. An error is the connection's.
+    fn has_refused(&self, _connection: &Self::Conn, _before: u64) -> io::Result<bool> {
+        Ok(false)
+    }
+
     /// Ends a connection so that the app sees a reset, not an orderly end.
     fn reset(&self, connection: Self::Conn);
 
@@ -52,6 +63,17 @@ pub trait Guest: Send + Sync + 'static {
 
     /// Sets clock, entropy and identity. The app is frozen and is thawed afterwards.
     fn restored(&self, restored: &Restored) -> impl Future<Output = Result<(), String>> + Send;
+}
+
+/// Whether the other end of a connection listens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Listens {
+    /// As far as is known.
+    Yes,
+    /// It says no more. Whether it listens shows when it has closed.
+    Perhaps,
+    /// Everybody has let go of it: what would be written now reaches nobody.
+    No,
 }
 
 /// A time of the host's that is at most half of this old is good enough.
@@ -258,7 +280,7 @@ impl GuestEnd {
         self.spawn(async move {
             // Dropping the stream before it is accepted refuses it.
             let Ok(mut connection) = guest.connect(door).await else { return };
-            if !stream.accept() || splice(stream, &mut connection).await.is_err() {
+            if !stream.accept() || splice(stream, &mut connection, &*guest).await.is_err() {
                 guest.reset(connection);
             }
         });

@@ -438,8 +438,8 @@ impl Core {
                 let bytes = payload.as_ref().try_into().map_err(|_| malformed)?;
                 stream.credit(id, u32::from_le_bytes(bytes) as usize, wakers)?;
             }
-            Kind::Fin => stream.receive_fin(wakers),
-            Kind::Reset => *queued_bytes -= stream.receive_reset(wakers),
+            Kind::Fin => stream.receive_fin(count(&payload), wakers),
+            Kind::Reset => *queued_bytes -= stream.receive_reset(count(&payload), wakers),
             _ => return Err(Violation::Unexpected(kind)),
         }
         self.settle(key);
@@ -462,6 +462,11 @@ impl Core {
         self.settle(key);
         Ok(if refusing { Received::Nothing } else { Received::Open { stream: key, door } })
     }
+}
+
+/// What a guest counted; nothing, if it did not or if this is no count.
+fn count(payload: &[u8]) -> Option<u64> {
+    payload.try_into().ok().map(u64::from_le_bytes)
 }
 
 /// For `poll` functions: keeps the newest waker of one direction of one stream.

@@ -66,6 +66,12 @@ pub(crate) struct Stream {
     fin: Fin,
     /// RESET follows when `send` is empty (and FIN, if it is due, is sent).
     reset_when_sent: bool,
+    /// Bytes accepted from the user so far.
+    accepted: u64,
+    /// Guest, once it is accepted: how many of the host's bytes the app was given.
+    gave: Option<u64>,
+    /// Host: how many the guest says the app was given.
+    given: Given,
     inbox: Inbox,
     /// Bytes that the other side may still send.
     room: usize,
@@ -84,6 +90,15 @@ pub(crate) struct Stream {
     pub of_before: bool,
 }
 
+/// What the guest has said of how many bytes reached the app.
+#[derive(Debug, Clone, Copy, Default)]
+struct Given {
+    /// Of those before its end, when it said that: more may have followed.
+    at_end: Option<u64>,
+    /// In all.
+    in_all: Option<u64>,
+}
+
 /// What the guest has said on a stream that is held: taken in when the stream goes on, forgotten with the guest otherwise.
 #[derive(Default)]
 struct KeptBack {
@@ -95,6 +110,7 @@ struct KeptBack {
     credit: usize,
     fin: bool,
     reset: bool,
+    given: Given,
 }
 
 /// Bytes that wait for the user.
@@ -147,6 +163,9 @@ impl Stream {
             credit: WINDOW,
             fin: Fin::Not,
             reset_when_sent: false,
+            accepted: 0,
+            gave: None,
+            given: Given::default(),
             inbox: Inbox::default(),
             room: WINDOW,
             unreported: 0,
@@ -199,6 +218,7 @@ impl Stream {
                 self.inbox.push(piece);
             }
             self.fin_received |= kept.fin;
+            self.given = kept.given;
             self.wake(wakers);
         }
         let unsent = if kept.reset { self.queued() } else { 0 };
@@ -280,7 +300,7 @@ impl Stream {
                 return 0;
             }
             Stage::Resetting => {
-                put_frame(out, Kind::Reset, id, &[]);
+                self.put_end(Kind::Reset, id, out);
                 self.stage = Stage::Dead;
                 return 0;
             }
@@ -305,7 +325,7 @@ impl Stream {
             // An idle stream holds no buffer.
             self.send = BytesMut::new();
             if self.fin == Fin::Due {
-                put_frame(out, Kind::Fin, id, &[]);
+                self.put_end(Kind::Fin, id, out);
                 self.fin = Fin::Sent;
             }
             if self.reset_when_sent {
@@ -315,12 +335,22 @@ impl Stream {
         taken
     }
 
-    /// The other side has reset it. Answers how many bytes will not be sent any more.
-    pub fn receive_reset(&mut self, wakers: &mut Vec<Waker>) -> usize {
+    /// FIN or RESET: with what the app was given, where there is an app.
+    fn put_end(&self, kind: Kind, id: u32, out: &mut BytesMut) {
+        match self.gave {
+            Some(bytes) => put_frame(out, kind, id, &bytes.to_le_bytes()),
+            None => put_frame(out, kind, id, &[]),
+        }
+    }
+
+    /// The other side has reset it. `given`: what it says the app was given. Answers how many bytes will not be sent any more.
+    pub fn receive_reset(&mut self, given: Option<u64>, wakers: &mut Vec<Waker>) -> usize {
         if let Some(kept) = &mut self.kept_back {
             kept.reset = true;
+            kept.given.in_all = given;
             return 0;
         }
+        self.given.in_all = given;
         let unsent = self.queued();
         self.abort(wakers);
         unsent
@@ -404,13 +434,15 @@ impl Stream {
         Ok(())
     }
 
-    pub fn receive_fin(&mut self, wakers: &mut Vec<Waker>) {
+    pub fn receive_fin(&mut self, given: Option<u64>, wakers: &mut Vec<Waker>) {
         if let Some(kept) = &mut self.kept_back {
             kept.fin = true;
+            kept.given.at_end = given;
             return;
         }
         if self.stage == Stage::Open {
             self.fin_received = true;
+            self.given.at_end = given;
             wakers.extend(self.reader.take());
         }
     }
@@ -498,6 +530,7 @@ impl MuxStream {
             let wanted = stream.stage == Stage::Connecting;
             if wanted {
                 stream.stage = Stage::Accepting;
+                stream.gave = Some(0);
             }
             wanted
         })
@@ -548,6 +581,7 @@ impl MuxStream {
                 stream.credit -= n;
                 taken += n;
             }
+            stream.accepted += taken as u64;
         }
         if taken == 0 {
             // Reset since the look above, which only this handle's owner follows with a write.
@@ -571,6 +605,27 @@ impl MuxStream {
     /// When everything written has been sent, the stream is reset.
     pub(crate) fn reset_when_sent(&self) {
         self.with(|stream| stream.reset_when_sent |= matches!(stream.stage, Stage::Accepting | Stage::Open));
+    }
+
+    /// Guest: so many more of the host's bytes were given to the app.
+    pub(crate) fn gave(&self, bytes: usize) {
+        self.with(|stream| stream.gave = stream.gave.map(|gave| gave + bytes as u64));
+    }
+
+    /// Host: how many bytes were written to it so far.
+    pub fn written(&self) -> u64 {
+        self.with(|stream| stream.accepted).unwrap_or(0)
+    }
+
+    /// Host, after the guest has ended the stream or broken it off: whether it is certain that of the bytes behind the first
+    /// `from` the app has seen none and will see none. Waits while that is not known and may become known.
+    pub fn poll_untouched(&self, cx: &mut Context<'_>, from: u64) -> Poll<bool> {
+        self.with(|stream| match stream.stage {
+            Stage::Open if stream.fin_received && stream.given.at_end.is_some_and(|given| given <= from) => wait(&mut stream.reader, cx),
+            Stage::Dead => Poll::Ready(stream.given.in_all.is_some_and(|given| given <= from)),
+            _ => Poll::Ready(false),
+        })
+        .unwrap_or(Poll::Ready(false))
     }
 
     /// Nothing more will be written.

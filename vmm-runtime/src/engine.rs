@@ -9,13 +9,24 @@
 //! later process needs to restore or adopt the microVM is in it. Killing `serve` at any instant must leave both in a
 //! state that [`Engine::adopt`] or [`Engine::restore`] understands.
 
-use std::{collections::BTreeMap, path::PathBuf, pin::Pin, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use model::{Door, Egress, Generation, MicrovmId, Port, Shape};
 pub use protocol::agent::AppSpec;
+use protocol::link::MuxStream;
 use serde::{Deserialize, Serialize};
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, DuplexStream},
+    net::TcpStream,
+};
 use tokio_util::sync::CancellationToken;
 
 /// A file of this name in a microVM's directory, put there before its launch, asks the engine to keep nothing of what the app
@@ -27,8 +38,32 @@ pub const NO_OUTPUT: &str = "no-output";
 /// A stream that is open when its microVM is suspended is *parked*: it stays valid, and bytes written to it before the
 /// next restore wait (within its window) and are counted by [`Vm::parked_write`]. After the restore it is *held*: it moves again
 /// when [`Vm::release_streams`] says so.
-pub trait ByteStream: AsyncRead + AsyncWrite + Send + Unpin {}
-impl<T: AsyncRead + AsyncWrite + Send + Unpin> ByteStream for T {}
+pub trait ByteStream: AsyncRead + AsyncWrite + Send + Unpin {
+    /// How many bytes it has taken so far. Zero from one that does not count.
+    fn written(&self) -> u64 {
+        0
+    }
+
+    /// After the app has ended the stream or broken it off: whether it is certain that of the bytes behind the first `from` it has
+    /// seen none and will see none, so that they may be said again on another stream. Waits while that may become known.
+    fn poll_untouched(&mut self, _cx: &mut Context<'_>, _from: u64) -> Poll<bool> {
+        Poll::Ready(false)
+    }
+}
+
+impl ByteStream for MuxStream {
+    fn written(&self) -> u64 {
+        MuxStream::written(self)
+    }
+
+    fn poll_untouched(&mut self, cx: &mut Context<'_>, from: u64) -> Poll<bool> {
+        MuxStream::poll_untouched(self, cx, from)
+    }
+}
+
+impl ByteStream for DuplexStream {}
+impl ByteStream for TcpStream {}
+
 /// A boxed [`ByteStream`].
 pub type GuestStream = Pin<Box<dyn ByteStream>>;
 

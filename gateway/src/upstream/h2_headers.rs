@@ -11,7 +11,7 @@ use std::{
 };
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use vmm_runtime::engine::GuestStream;
+use vmm_runtime::engine::{ByteStream, GuestStream};
 
 /// A frame's header (RFC 9113 §4.1).
 const FRAME_HEADER: usize = 9;
@@ -52,6 +52,9 @@ pub(crate) fn is_excess(error: &io::Error) -> bool {
 #[derive(Debug, thiserror::Error)]
 #[error("the guest's header has too many bytes or fields")]
 struct Excess;
+
+/// One connection carries many requests: which of its bytes are whose is not known.
+impl ByteStream for Bounded {}
 
 impl AsyncRead for Bounded {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {

@@ -7,7 +7,9 @@
 //! tenant's connection to another (cases.md 32).
 
 use std::{
-    fmt, io,
+    fmt,
+    future::poll_fn,
+    io,
     os::fd::RawFd,
     pin::Pin,
     sync::{
@@ -36,6 +38,9 @@ use crate::{Limits, drain::Drain, metrics::Open};
 
 /// How often idle streams are looked at. One that its guest has closed is found at its next use in any case.
 const SWEEP: Duration = Duration::from_secs(1);
+/// How long a guest may take to say whether its app has seen a request, after the end of a stream: a round trip to an agent that
+/// is busy.
+const VERDICT: Duration = Duration::from_secs(2);
 /// The numbers of streams begin here and go down: -1 is pingora's for a stream without a number.
 const FIRST: RawFd = -2;
 
@@ -97,6 +102,8 @@ struct State {
     full: bool,
     /// Counts the requests that have used it.
     uses: u64,
+    /// Bytes that the guest stream had taken when the last of them began.
+    before: u64,
     /// Requests that use it now.
     in_use: u32,
     /// Since when no request uses it. While it is set nobody polls but the sweep.
@@ -128,7 +135,7 @@ impl Link {
     /// Takes it for one request; `None` if it has just been cut.
     pub fn take_up(self: &Arc<Self>) -> Option<Use> {
         let mut state = self.state();
-        state.guest.as_ref()?;
+        state.before = state.guest.as_ref()?.0.written();
         state.idle_since = None;
         state.uses += 1;
         state.in_use += 1;
@@ -187,6 +194,20 @@ impl Use {
     /// Whether it was ended because the guest sent too large a header.
     pub fn is_oversized(&self) -> bool {
         self.link.oversized.load(Ordering::Acquire)
+    }
+
+    /// After the app has ended the stream or broken it off: whether it is certain that it has seen nothing of this request.
+    pub async fn is_untouched(&self) -> bool {
+        let verdict = poll_fn(|cx| {
+            let mut state = self.link.state();
+            keep(&mut state.reader, cx);
+            let before = state.before;
+            match &mut state.guest {
+                Some((guest, _)) => guest.poll_untouched(cx, before),
+                None => Poll::Ready(false),
+            }
+        });
+        tokio::time::timeout(VERDICT, verdict).await.unwrap_or(false)
     }
 }
 
@@ -247,7 +268,7 @@ impl Links {
 
     /// Makes a guest stream one that pingora can keep. Dropping it closes the guest's end.
     pub fn tie(self: &Arc<Self>, target: Target, guest: GuestStream, asleep: Asleep) -> Tied {
-        let state = State { guest: Some((guest, self.count_open())), reader: None, writer: None, full: false, uses: 0, in_use: 0, idle_since: None };
+        let state = State { guest: Some((guest, self.count_open())), reader: None, writer: None, full: false, uses: 0, before: 0, in_use: 0, idle_since: None };
         let link = Arc::new(Link { target, asleep, state: Mutex::new(state), oversized: AtomicBool::new(false) });
         let number = self.number(&link);
         if self.ended.is_cancelled() {

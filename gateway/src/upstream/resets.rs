@@ -13,7 +13,7 @@ use std::{
 };
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use vmm_runtime::engine::GuestStream;
+use vmm_runtime::engine::{ByteStream, GuestStream};
 
 use super::links::Asleep;
 
@@ -61,6 +61,9 @@ impl Resets {
         Poll::Ready(Ok(()))
     }
 }
+
+/// One connection carries many requests: which of its bytes are whose is not known.
+impl ByteStream for Resets {}
 
 impl AsyncRead for Resets {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {

@@ -8,7 +8,13 @@
 //! Owns: those answers, and the TLS client. Certificates are not checked: the channel ends in the microVM that the token
 //! named, there is nobody in between, and an app inside has no certificate that anybody outside could check.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{
+    io,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
 
 use dashmap::DashMap;
 use idle_controller::{Awake, MicrovmHandle};
@@ -23,11 +29,11 @@ use rustls::{
     pki_types::{CertificateDer, ServerName, UnixTime},
 };
 use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf},
     sync::OnceCell,
 };
-use tokio_rustls::TlsConnector;
-use vmm_runtime::engine::{DialError, GuestStream};
+use tokio_rustls::{TlsConnector, client::TlsStream};
+use vmm_runtime::engine::{ByteStream, DialError, GuestStream};
 
 use super::{connector::DialFailure, links::Speaks};
 use crate::{Limits, reply::Reason};
@@ -112,7 +118,7 @@ impl Transports {
             Speaks::Http1 | Speaks::WebSocket | Speaks::Shell => &self.http1,
             Speaks::Http2 => &self.http2,
         };
-        Ok(Box::pin(TlsConnector::from(config.clone()).connect(name.clone(), guest).await?))
+        Ok(Box::pin(Wrapped(TlsConnector::from(config.clone()).connect(name.clone(), guest).await?)))
     }
 
     async fn ask(&self, microvm: &MicrovmHandle, awake: &Awake, port: Port, name: ServerName<'static>) -> Result<Transport, DialFailure> {
@@ -134,6 +140,48 @@ impl Transports {
             Err(_) if slept(microvm, awake.generation()) => Err(DialFailure::Asleep),
             Err(_) => Err(DialFailure::Final(Reason::GuestTimeout)),
         }
+    }
+}
+
+/// A guest stream in TLS.
+struct Wrapped(TlsStream<GuestStream>);
+
+/// In bytes of TLS.
+impl ByteStream for Wrapped {
+    fn written(&self) -> u64 {
+        self.0.get_ref().0.written()
+    }
+
+    fn poll_untouched(&mut self, cx: &mut Context<'_>, from: u64) -> Poll<bool> {
+        self.0.get_mut().0.poll_untouched(cx, from)
+    }
+}
+
+impl AsyncRead for Wrapped {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Wrapped {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.0).poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.0).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.0.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_shutdown(cx)
     }
 }
 

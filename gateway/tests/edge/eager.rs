@@ -1,5 +1,6 @@
 //! A loopback engine whose streams have their first bytes at hand when they are dialled: the guest that is always faster
-//! than the gateway, which pingora issue #946 needs to show itself. Or whose streams never come.
+//! than the gateway, which pingora issue #946 needs to show itself. Or whose streams never come. Or whose app closes a
+//! connection just when it is used again.
 
 use std::{
     any::Any,
@@ -20,7 +21,7 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
 use tokio_util::sync::CancellationToken;
 use vmm_runtime::{
     engine::{
-        BootSpec, DialError, Engine, EngineError, Exit, GuestStream, ImageSnapshot, LaunchSpec, RestoreSpec, SnapshotRecord, Started,
+        BootSpec, ByteStream, DialError, Engine, EngineError, Exit, GuestStream, ImageSnapshot, LaunchSpec, RestoreSpec, SnapshotRecord, Started,
         SuspendOutcome, Usage, Vm,
     },
     loopback::LoopbackEngine,
@@ -35,6 +36,56 @@ pub enum Dials {
     Eager,
     /// None returns once `silent` is set; those that were begun and those that were given up are counted.
     Silent { silent: Arc<AtomicBool>, begun: Arc<AtomicUsize>, given_up: Arc<AtomicUsize> },
+    /// Once `closes` is set, the next write to a stream that was written to before crosses the app's close. Whether the guest
+    /// is certain that nobody has seen what was written is `certain`. The gateway reads the end once it has written `late` bytes
+    /// more.
+    Closing { closes: Arc<AtomicBool>, certain: bool, late: u64 },
+}
+
+/// A stream that its app closes just when it is used again.
+struct Closing {
+    rest: GuestStream,
+    closes: Arc<AtomicBool>,
+    certain: bool,
+    late: u64,
+    written: u64,
+    closed_at: Option<u64>,
+}
+
+impl ByteStream for Closing {
+    fn written(&self) -> u64 {
+        self.written
+    }
+    fn poll_untouched(&mut self, _: &mut Context<'_>, from: u64) -> Poll<bool> {
+        Poll::Ready(self.certain && self.closed_at.is_some_and(|at| at <= from))
+    }
+}
+
+impl AsyncRead for Closing {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<std::io::Result<()>> {
+        match self.closed_at {
+            None => self.rest.as_mut().poll_read(cx, buf),
+            Some(at) if self.written < at + self.late => Poll::Pending,
+            Some(_) => Poll::Ready(Ok(())),
+        }
+    }
+}
+
+impl AsyncWrite for Closing {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<std::io::Result<usize>> {
+        if self.closed_at.is_none() && self.written > 0 && self.closes.swap(false, Ordering::SeqCst) {
+            self.closed_at = Some(self.written);
+        }
+        let taken = if self.closed_at.is_some() { Ok(buf.len()) } else { std::task::ready!(self.rest.as_mut().poll_write(cx, buf)) };
+        self.written += *taken.as_ref().unwrap_or(&0) as u64;
+        Poll::Ready(taken)
+    }
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        self.rest.as_mut().poll_flush(cx)
+    }
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        self.rest.as_mut().poll_shutdown(cx)
+    }
 }
 
 struct EagerVm(Arc<dyn Vm>, Dials);
@@ -58,6 +109,8 @@ struct Prefetched {
     first: Cursor<Vec<u8>>,
     rest: GuestStream,
 }
+
+impl ByteStream for Prefetched {}
 
 impl AsyncRead for Prefetched {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<std::io::Result<()>> {
@@ -90,6 +143,10 @@ impl Vm for EagerVm {
                 return std::future::pending().await;
             }
             return self.0.dial(port).await;
+        }
+        if let Dials::Closing { closes, certain, late } = &self.1 {
+            let rest = self.0.dial(port).await?;
+            return Ok(Box::pin(Closing { rest, closes: closes.clone(), certain: *certain, late: *late, written: 0, closed_at: None }));
         }
         let mut rest = self.0.dial(port).await?;
         let mut first = vec![0; 4096];

@@ -3,7 +3,7 @@
 
 use std::sync::{
     Arc,
-    atomic::{AtomicUsize, Ordering},
+    atomic::{AtomicBool, AtomicUsize, Ordering},
 };
 
 use http_body_util::BodyExt as _;
@@ -14,9 +14,12 @@ use tokio::{
     sync::Semaphore,
 };
 
+use vmm_runtime::loopback::LoopbackEngine;
+
 use crate::{
-    app::{read_header, says_hello, scripted},
-    rig::{Rig, full, get, h2_request, request, within},
+    app::{App, read_header, says_hello, scripted},
+    eager::{Dials, EagerEngine},
+    rig::{Microvm, Rig, full, get, h2_request, request, until, within},
 };
 
 #[tokio::test(flavor = "multi_thread")]
@@ -115,4 +118,64 @@ async fn an_app_that_refuses_a_body_half_way_is_heard() {
     let body = vec![b'x'; SIZE];
     let answer = rig.h2().await.send(h2_request("POST", &vm.host, "/", &auth, full(body))).await;
     assert_eq!((answer.status, answer.text()), (413, "no"));
+}
+
+/// An app, and what closes its connection at its next use.
+async fn hasty(certain: bool, late: u64) -> (Rig, App, Microvm, Arc<AtomicBool>) {
+    let (app, address) = App::start().await;
+    let engine = LoopbackEngine::new();
+    let closes = Arc::new(AtomicBool::new(false));
+    let rig = Rig::over(engine.clone(), Arc::new(EagerEngine(engine, Dials::Closing { closes: closes.clone(), certain, late })), |_| {}).await;
+    let vm = rig.microvm(address).await;
+    (rig, app, vm, closes)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_an_app_that_has_just_closed_did_not_see_is_said_to_it_again() {
+    let (rig, app, vm, closes) = hasty(true, 0).await;
+    let token = rig.token(&vm, PortScope::All);
+    let auth = [("x-aws-proxy-auth", token.as_str())];
+    let (mut h1, mut h2) = (rig.h1().await, rig.h2().await);
+    let small = vec![b'x'; 30_000];
+    let chunked = || {
+        let pieces = [small[..10].to_vec(), small[10..].to_vec()].map(|piece| Ok(hyper::body::Frame::data(bytes::Bytes::from(piece))));
+        http_body_util::BodyExt::boxed(http_body_util::StreamBody::new(futures::stream::iter(pieces)))
+    };
+    let mut sent = 0;
+    for again in 1..=2 {
+        for (method, path, body) in [("GET", "/", full("")), ("POST", "/length", full(small.clone())), ("POST", "/length", chunked())] {
+            // One connection waits.
+            assert_eq!(h1.send(get(&vm.host, "/", &auth)).await.status, 200);
+            until("the connection to be put away", || rig.metric("edge_open_streams", &[("kind", "h1")]) == 0.0).await;
+            closes.store(true, Ordering::SeqCst);
+            let answer = match again {
+                1 => h1.send(request(method, &vm.host, path, &auth, body)).await,
+                _ => h2.send(h2_request(method, &vm.host, path, &auth, body)).await,
+            };
+            assert_eq!(answer.status, 200, "{method} {}", answer.reason());
+            if method == "POST" {
+                assert_eq!(answer.text(), "Ok(30000)");
+            }
+            sent += 2;
+            assert_eq!(app.requests.load(Ordering::SeqCst), sent, "each came once");
+            assert!(!closes.load(Ordering::SeqCst), "nothing crossed the close");
+        }
+    }
+    assert_eq!(rig.metric("edge_retries_total", &[("cause", "untouched")]), 6.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_it_may_have_seen_or_is_not_at_hand_any_more_is_not() {
+    for (certain, late, body) in [(false, 0, "x".to_owned()), (true, 100_000, "x".repeat(200_000))] {
+        let (rig, app, vm, closes) = hasty(certain, late).await;
+        let token = rig.token(&vm, PortScope::All);
+        let auth = [("x-aws-proxy-auth", token.as_str())];
+        assert_eq!(rig.h1().await.send(get(&vm.host, "/", &auth)).await.status, 200);
+        until("the connection to be put away", || rig.metric("edge_open_streams", &[("kind", "h1")]) == 0.0).await;
+        closes.store(true, Ordering::SeqCst);
+        let answer = rig.h1().await.send(request("POST", &vm.host, "/", &auth, full(body))).await;
+        assert!(!closes.load(Ordering::SeqCst), "nothing crossed the close");
+        assert_eq!((answer.status, answer.reason()), (502, "guest-answer-broken"), "certain: {certain}");
+        assert_eq!(app.requests.load(Ordering::SeqCst), 1, "certain: {certain}");
+    }
 }

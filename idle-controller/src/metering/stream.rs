@@ -11,7 +11,7 @@ use std::{
 };
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use vmm_runtime::engine::GuestStream;
+use vmm_runtime::engine::{ByteStream, GuestStream};
 
 /// Bytes that are not in a `Usage` yet.
 #[derive(Default)]
@@ -42,6 +42,16 @@ impl Counting {
         if let Poll::Ready(Ok(written)) = outcome {
             self.bytes.received.fetch_add(*written as u64, Ordering::Relaxed);
         }
+    }
+}
+
+impl ByteStream for Counting {
+    fn written(&self) -> u64 {
+        self.stream.written()
+    }
+
+    fn poll_untouched(&mut self, cx: &mut Context<'_>, from: u64) -> Poll<bool> {
+        self.stream.poll_untouched(cx, from)
     }
 }
 

@@ -14,7 +14,7 @@ use model::{Door, Generation, Port};
 use parking_lot::Mutex;
 use protocol::{
     agent::{Reply, Request, Restored},
-    guest::{Guest, GuestEnd},
+    guest::{Guest, GuestEnd, Listens},
     link::{AgentLink, Attach, LinkError},
 };
 use tokio::{
@@ -46,6 +46,10 @@ pub struct TestGuest {
     pub freeze_fails: AtomicBool,
     pub resets: AtomicU64,
     pub has_shell: AtomicBool,
+    /// What is known of every app.
+    pub listens: Mutex<Listens>,
+    /// Apps refuse what they are given.
+    pub refuses: AtomicBool,
     accepted: mpsc::UnboundedSender<DuplexStream>,
 }
 
@@ -74,6 +78,14 @@ impl Guest for TestGuest {
             _ => self.accepted.send(far).expect("the test holds the receiver"),
         }
         Ok(near)
+    }
+
+    fn listens(&self, _connection: &DuplexStream) -> Listens {
+        *self.listens.lock()
+    }
+
+    fn has_refused(&self, _connection: &DuplexStream, _before: u64) -> io::Result<bool> {
+        Ok(self.refuses.load(Ordering::SeqCst))
     }
 
     fn reset(&self, _connection: DuplexStream) {
@@ -132,6 +144,8 @@ impl Machine {
             freeze_fails: AtomicBool::new(false),
             resets: AtomicU64::new(0),
             has_shell: AtomicBool::new(false),
+            listens: Mutex::new(Listens::Yes),
+            refuses: AtomicBool::new(false),
             accepted: sender,
         });
         Self { end: GuestEnd::new(), guest, accepted, run: None, buffer }

@@ -3,7 +3,11 @@
 use std::sync::atomic::Ordering;
 
 use model::Door;
-use protocol::{agent::Request, link::LinkError};
+use protocol::{
+    agent::Request,
+    guest::Listens,
+    link::{AgentLink, LinkError, MuxStream},
+};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::machine::*;
@@ -89,6 +93,86 @@ async fn each_direction_closes_by_itself() {
     soon("the rest", app.read_to_string(&mut heard)).await.unwrap();
     assert_eq!(heard, "still heard");
     assert_eq!(machine.guest.resets.load(Ordering::SeqCst), 0);
+}
+
+/// A stream on which an app was asked and has answered, as a host keeps it for the next question.
+async fn asked_once(machine: &mut Machine, link: &std::sync::Arc<AgentLink>) -> (MuxStream, tokio::io::DuplexStream) {
+    let mut stream = link.open(port(APP), LIMIT).await.unwrap();
+    let mut app = machine.accept().await;
+    stream.write_all(b"first").await.unwrap();
+    let mut five = [0; 5];
+    soon("the question", app.read_exact(&mut five)).await.unwrap();
+    app.write_all(b"reply").await.unwrap();
+    soon("the answer", stream.read_exact(&mut five)).await.unwrap();
+    assert_eq!(stream.written(), 5);
+    (stream, app)
+}
+
+async fn untouched(stream: &MuxStream, from: u64) -> bool {
+    soon("the verdict", std::future::poll_fn(|cx| stream.poll_untouched(cx, from))).await
+}
+
+#[tokio::test]
+async fn what_an_app_that_has_closed_was_not_given_is_known() {
+    let (link, mut machine) = booted(4096).await;
+    let (mut stream, app) = asked_once(&mut machine, &link).await;
+    *machine.guest.listens.lock() = Listens::No;
+    // The end and the next question cross.
+    drop(app);
+    stream.write_all(b"second").await.unwrap();
+    assert_eq!(soon("the end", stream.read(&mut [0])).await.unwrap(), 0);
+    assert!(untouched(&stream, 5).await && !untouched(&stream, 4).await);
+}
+
+#[tokio::test]
+async fn what_an_app_refuses_was_not_given_to_it() {
+    let (link, mut machine) = booted(4096).await;
+    let (mut stream, mut app) = asked_once(&mut machine, &link).await;
+    machine.guest.refuses.store(true, Ordering::SeqCst);
+    stream.write_all(b"second").await.unwrap();
+    // It has gone that far once the app has it, which one that refuses would not.
+    soon("the question", app.read_exact(&mut [0; 6])).await.unwrap();
+    drop(app);
+    assert_eq!(soon("the end", stream.read(&mut [0])).await.unwrap(), 0);
+    assert!(untouched(&stream, 5).await);
+}
+
+#[tokio::test]
+async fn what_an_app_may_have_read_is_never_called_untouched() {
+    let (link, mut machine) = booted(4096).await;
+    // It was asked, and hangs up.
+    let (mut stream, mut app) = asked_once(&mut machine, &link).await;
+    stream.write_all(b"second").await.unwrap();
+    soon("the question", app.read_exact(&mut [0; 6])).await.unwrap();
+    drop(app);
+    assert_eq!(soon("the end", stream.read(&mut [0])).await.unwrap(), 0);
+    assert!(!untouched(&stream, 5).await);
+
+    // It says no more, and listens.
+    let (mut stream, mut app) = asked_once(&mut machine, &link).await;
+    *machine.guest.listens.lock() = Listens::Perhaps;
+    machine.guest.refuses.store(true, Ordering::SeqCst);
+    app.shutdown().await.unwrap();
+    stream.write_all(b"second").await.unwrap();
+    assert_eq!(soon("the end", stream.read(&mut [0])).await.unwrap(), 0);
+    soon("the question", app.read_exact(&mut [0; 6])).await.unwrap();
+    not_yet("the verdict", std::future::poll_fn(|cx| stream.poll_untouched(cx, 5))).await;
+    drop(app);
+    stream.write_all(b"third").await.unwrap();
+    assert!(!untouched(&stream, 5).await);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_app_that_closes_in_two_steps_is_not_given_what_comes_between_them() {
+    let (link, mut machine) = booted(4096).await;
+    let (mut stream, mut app) = asked_once(&mut machine, &link).await;
+    *machine.guest.listens.lock() = Listens::Perhaps;
+    app.shutdown().await.unwrap();
+    stream.write_all(b"second").await.unwrap();
+    assert_eq!(soon("the end", stream.read(&mut [0])).await.unwrap(), 0);
+    *machine.guest.listens.lock() = Listens::No;
+    assert!(untouched(&stream, 5).await);
+    assert_eq!(soon("nothing", app.read(&mut [0])).await.unwrap(), 0);
 }
 
 #[tokio::test]

@@ -22,6 +22,8 @@ BLOCK = bytes(range(256)) * 256  # 64 KiB
 
 served = 0
 notes = {}
+# How often each request to /hasty came.
+hasty = {}
 lock = threading.Lock()
 
 
@@ -136,6 +138,17 @@ class Handler(BaseHTTPRequestHandler):
             digest.update(piece)
             size += len(piece)
         self.answer({"sha256": digest.hexdigest(), "bytes": size, "expect": self.headers.get("Expect"), "trailers": self.trailers})
+
+    def path_hasty(self):
+        """Answers as if it kept the connection, and closes it ?after=S seconds later; without ?id what came so far."""
+        if "id" not in self.query:
+            return self.answer(hasty)
+        size = sum(len(piece) for piece in self.body())
+        with lock:
+            hasty[self.query["id"]] = hasty.get(self.query["id"], 0) + 1
+        self.answer({"bytes": size})
+        time.sleep(float(self.query.get("after", 0)))
+        self.close_connection = True
 
     def path_big(self):
         left = int(self.query.get("bytes", 1 << 20))

@@ -16,6 +16,8 @@ use tokio::{
     sync::watch,
 };
 
+use crate::engine::ByteStream;
+
 /// What a parked stream takes from its client before it pushes back.
 const WINDOW_BYTES: usize = 64 * 1024;
 
@@ -184,6 +186,8 @@ impl AsyncRead for Stream {
         polled
     }
 }
+
+impl ByteStream for Stream {}
 
 impl AsyncWrite for Stream {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {

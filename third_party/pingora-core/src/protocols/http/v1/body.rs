@@ -678,6 +678,15 @@ impl BodyReader {
                             "Got size {chunk_size}, payload_index: {payload_index}, chunk: {:?}",
                             String::from_utf8_lossy(buf).escape_default(),
                         );
+                        // httparse takes a line without a digit for a size of zero, and any octet in an extension, a bare
+                        // LF included, where others see the end of the line.
+                        let line = &buf[..payload_index - CRLF.len()];
+                        if !line.first().is_some_and(u8::is_ascii_hexdigit)
+                            || line.iter().any(|byte| byte.is_ascii_control() && *byte != b'\t')
+                        {
+                            self.body_state = self.body_state.done(0);
+                            return Error::e_explain(INVALID_CHUNK, "no size, or a control character beside it");
+                        }
                         let chunk_size = match usize::try_from(chunk_size) {
                             Ok(chunk_size) => chunk_size,
                             Err(_) => {

@@ -303,7 +303,8 @@ impl HttpSession {
             .unwrap_or_else(|| BytesMut::with_capacity(INIT_SERVER_HEADER_BUF_SIZE));
         let mut already_read = buf.len();
         let mut skip_next_read = already_read != 0;
-        let mut detached_suffix = None;
+        // Nothing is ever put here any more: only the mending of request lines did (PATCHES.md).
+        let mut detached_suffix: Option<BytesMut> = None;
         loop {
             if already_read > MAX_HEADER_SIZE {
                 /* NOTE: this check only blocks second read. The first large read is allowed
@@ -433,45 +434,15 @@ impl HttpSession {
                     HeaderParseState::Partial => {
                         break; /* continue the read loop */
                     }
-                    HeaderParseState::Invalid(e) => match e {
-                        httparse::Error::Token | httparse::Error::Version => {
-                            // URI escaping rebuilds the current header. Detach any request body or
-                            // pipelined suffix first so normalization never copies queued requests.
-                            // `separator_start` is the index of the blank line itself, so the
-                            // header ends just past it.
-                            if detached_suffix.is_none() {
-                                if let Some(header_end) =
-                                    buf.find(HEADER_SECTION_END).map(|separator_start| {
-                                        separator_start + HEADER_SECTION_END.len()
-                                    })
-                                {
-                                    detached_suffix = Some(buf.split_off(header_end));
-                                }
-                            }
-                            // try to escape URI
-                            if let Some(new_buf) = escape_illegal_request_line(&buf) {
-                                buf = new_buf;
-                                already_read = buf.len();
-                            } else {
-                                debug!("Invalid request header from {:?}", self.underlying_stream);
-                                buf.truncate(MAX_ERR_BUF_LEN);
-                                return Error::e_because(
-                                    InvalidHTTPHeader,
-                                    format!("buf: {}", buf.escape_ascii()),
-                                    e,
-                                );
-                            }
-                        }
-                        _ => {
-                            debug!("Invalid request header from {:?}", self.underlying_stream);
-                            buf.truncate(MAX_ERR_BUF_LEN);
-                            return Error::e_because(
-                                InvalidHTTPHeader,
-                                format!("buf: {:?}", buf.as_bstr()),
-                                e,
-                            );
-                        }
-                    },
+                    HeaderParseState::Invalid(e) => {
+                        debug!("Invalid request header from {:?}", self.underlying_stream);
+                        buf.truncate(MAX_ERR_BUF_LEN);
+                        return Error::e_because(
+                            InvalidHTTPHeader,
+                            format!("buf: {:?}", buf.as_bstr()),
+                            e,
+                        );
+                    }
                 }
             }
         }
