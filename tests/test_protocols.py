@@ -52,22 +52,27 @@ def test_an_upload_waits_for_a_sleeper_and_arrives_whole(run, kitchen_image, htt
     assert (answer.json()["sha256"], answer.json()["bytes"]) == (hashlib.sha256(data).hexdigest(), len(data))
 
 
-def test_an_app_that_closes_what_idles_costs_no_request(node, kitchen):
-    """It closes a connection about when it is used again, as apps with a short keep-alive do all day."""
+def test_a_request_that_crosses_the_close_of_an_idle_connection_is_said_again_and_never_twice(node, kitchen):
+    """An app closes what idles just when it is used again. What came before the close and was never read cannot be told from what
+    was read, and is a 502; that is a matter of microseconds, where the crossing is one of milliseconds."""
     retries = lambda: node.metrics().total("edge_retries_total", cause="untouched")
-    before, sent, dice, begun = retries(), [], random.Random(4), time.monotonic()
+    before, dice, begun = retries(), random.Random(4), time.monotonic()
+    served, lost = set(), set()
     with kitchen.http() as one, kitchen.http(http2=True) as two:
-        while len(sent) < 300 or retries() - before < 10:
-            assert time.monotonic() - begun < 120, f"of {len(sent)} requests only {retries() - before:g} crossed the close of their connection"
-            for number in range(100):
-                name, size = f"{len(sent)}", number % 3 * 10_000
+        while retries() - before < 20:
+            crossed = retries() - before
+            assert time.monotonic() - begun < 120, f"of {len(served)} requests only {crossed:g} crossed the close of their connection"
+            for number in range(50):
+                name, size = f"{len(served) + len(lost)}", number % 3 * 10_000
                 content = bytes(size) if number % 2 or not size else iter([bytes(size // 2)] * 2)
-                path = f"/hasty?id={name}&after={dice.uniform(0, 0.02):.4f}"
-                answer = (one if number % 5 else two).post(path, content=content)
-                assert answer.status_code == 200, f"request {name}: {answer.status_code} {dict(answer.headers)}"
-                assert answer.json() == {"bytes": size}
-                sent.append(name)
-        assert one.get("/hasty").json() == dict.fromkeys(sent, 1), "each came exactly once"
+                answer = (one if number % 5 else two).post(f"/hasty?id={name}&after={dice.uniform(0, 0.01):.4f}", content=content)
+                (served if answer.status_code == 200 else lost).add(name)
+                seen = answer.json() if answer.status_code == 200 else answer.headers.get("x-dormouse-reason")
+                assert seen in ({"bytes": size}, "guest-answer-broken"), f"request {name}: {answer.status_code} {seen}"
+        crossed = retries() - before
+        came = one.get("/hasty").json()
+    assert set(came.values()) == {1} and served <= set(came), "none came twice, and what was answered came"
+    assert len(lost) <= crossed / 4, f"{len(lost)} of {len(served) + len(lost)} requests were lost, {crossed:g} said again"
 
 
 @HTTP
@@ -101,7 +106,7 @@ def test_a_chunked_answer_streams(kitchen, http2):
 
 def test_one_connection_carries_many_requests(node, kitchen):
     with clients.Raw(node, kitchen.host) as connection:
-        request = f"GET / HTTP/1.1\r\nHost: {kitchen.endpoint}\r\nX-aws-proxy-auth: {kitchen.token()}\r\n\r\n".encode()
+        request = f"GET / HTTP/1.1\r\nHost: {kitchen.host}\r\nX-aws-proxy-auth: {kitchen.token()}\r\n\r\n".encode()
         seen = []
         for _ in range(5):
             connection.send(request)

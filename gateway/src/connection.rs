@@ -35,7 +35,7 @@ use tokio::{
     time::{Instant, Sleep},
 };
 
-use crate::{Limits, access_log::{AccessLog, Entry}, drain::Traffic, framing::HeaderLimits, meter::HeaderMeter, metrics::{Metrics, Protocol}, reply::Reason, tickets::{HandshakeEnd, Tickets}};
+use crate::{Limits, access_log::{AccessLog, Entry}, drain::Traffic, framing::HeaderLimits, meter::HeaderMeter, metrics::{DrainCut, Metrics, Protocol}, reply::Reason, tickets::{HandshakeEnd, Tickets}};
 
 /// After the last answer on a connection that is closed with input unread: what still comes is read and thrown away until
 /// nothing has come for this long, so that the close does not reach the client as a reset that overtakes the answer. A
@@ -522,6 +522,9 @@ impl AsyncRead for Guarded {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = &mut *self;
         if this.traffic.may_end() && !this.owed && !this.header_has_begun() {
+            if this.traffic.is_cut() {
+                this.settings.metrics.drain_cut(DrainCut::Silent, 1);
+            }
             // The client reads the end of TLS and of the stream, and pingora that the client is gone. If the client does
             // not take even this much, it does without.
             let _ = Pin::new(&mut this.tls).poll_shutdown(cx)?;

@@ -58,6 +58,7 @@ impl Drain {
 /// What one connection carries.
 pub(crate) struct Traffic {
     leaving: AtomicBool,
+    cut: AtomicBool,
     carried: Mutex<Carried>,
 }
 
@@ -86,7 +87,7 @@ impl Traffic {
     /// Of a connection that has just been made.
     pub fn new() -> Arc<Self> {
         let carried = Carried { requests: 0, idle_since: Instant::now(), streams: Vec::new() };
-        Arc::new(Self { leaving: AtomicBool::new(false), carried: Mutex::new(carried) })
+        Arc::new(Self { leaving: AtomicBool::new(false), cut: AtomicBool::new(false), carried: Mutex::new(carried) })
     }
 
     /// That of a pingora session's connection; `None` if it is not one of ours.
@@ -125,6 +126,11 @@ impl Traffic {
             let carried = self.carried();
             carried.idle_since.elapsed() >= MOMENT && carried.requests == carried.streams.iter().filter(|stream| stream.is_silent()).count()
         }
+    }
+
+    /// It ends now. Whether that cuts anything off, the first time it is asked.
+    pub fn is_cut(&self) -> bool {
+        self.idle_since().is_none() && !self.cut.swap(true, Ordering::AcqRel)
     }
 
     fn carried(&self) -> MutexGuard<'_, Carried> {
@@ -189,6 +195,7 @@ mod tests {
         traffic.carried().streams = vec![old.clone()];
         *kept = old;
         assert!(traffic.may_end());
+        assert!(traffic.is_cut() && !traffic.is_cut());
         stream.speaks();
         assert!(!traffic.may_end());
         drop(stream);

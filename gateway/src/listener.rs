@@ -28,7 +28,7 @@ use crate::{
     connection::{GuardSettings, Guarded, Socket},
     descriptors,
     drain::{Drain, MOMENT, Traffic},
-    metrics::Open,
+    metrics::{DrainCut, Metrics, Open},
     neighbourhood::{Crowd, Member},
     reply::Reason,
     service::Service,
@@ -117,6 +117,8 @@ pub(crate) async fn serve(
     }
     // What the kernel has taken from clients on our behalf is ours: closing the listener would reset it. Two listeners of
     // one socket (this process's and its successor's) may both do this; each connection comes out of one of them.
+    let begun = Instant::now();
+    metrics.draining.set(1);
     drain.begin();
     if let Ok(listener) = listener.into_std() {
         let end = Instant::now() + MOMENT;
@@ -131,17 +133,20 @@ pub(crate) async fn serve(
         }
     }
     let grace = guard.limits.load().grace;
-    finish(connections, grace).await;
+    finish(connections, grace, &metrics).await;
+    metrics.drain_seconds.observe(begun.elapsed().as_secs_f64());
+    metrics.draining.set(0);
 }
 
 /// Waits for what runs: at most `grace`, and no longer than needed.
-async fn finish(mut connections: JoinSet<()>, grace: Duration) {
+async fn finish(mut connections: JoinSet<()>, grace: Duration, metrics: &Metrics) {
     let (open, begun) = (connections.len(), Instant::now());
     let all = async { while let Some(ended) = connections.join_next().await { report(&ended); } };
     if tokio::time::timeout(grace, all).await.is_ok() {
         tracing::info!(connections = open, took_ms = begun.elapsed().as_millis() as u64, "the edge is drained");
     } else {
         tracing::warn!(connections = connections.len(), grace_secs = grace.as_secs(), "the edge cuts connections that outlived the grace period");
+        metrics.drain_cut(DrainCut::Grace, connections.len());
         connections.shutdown().await;
     }
 }

@@ -43,6 +43,9 @@ const REQUEST_BUCKETS: [f64; 14] = [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0
 /// From one message to a day.
 const STREAM_BUCKETS: [f64; 14] = [0.001, 0.005, 0.025, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 1800.0, 7200.0, 28800.0, 86400.0];
 
+/// Of seconds; the grace is at most an hour.
+const DRAIN_BUCKETS: [f64; 9] = [0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 600.0];
+
 /// From a restore out of the page cache to a hold that is given up.
 const HOLD_BUCKETS: [f64; 12] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 30.0, 60.0];
 
@@ -77,6 +80,15 @@ pub(crate) enum RetryCause {
     Untouched,
 }
 
+/// Why a drain cut a connection off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum DrainCut {
+    /// It carried nothing but streams that were silent.
+    Silent,
+    /// The grace was over.
+    Grace,
+}
+
 /// All of them.
 pub(crate) struct Metrics {
     requests: [[IntCounter; STATUS_CLASSES.len()]; Protocol::ALL.len()],
@@ -85,6 +97,11 @@ pub(crate) struct Metrics {
     stream_seconds: [Histogram; 3],
     hold_seconds: [Histogram; 3],
     retries: [IntCounter; 2],
+    drain_cuts: [IntCounter; 2],
+    /// From the begin of a drain to its end.
+    pub drain_seconds: Histogram,
+    /// Whether the gateway drains.
+    pub draining: IntGauge,
     /// From the whole header to the end of the answer, for what is no stream.
     pub request_seconds: Histogram,
     /// Lines of the access log that were lost.
@@ -114,6 +131,7 @@ impl Metrics {
         let refusals = counters(registry, "edge_refusals_total", "Answers the gateway made itself.", &["reason"])?;
         let bytes = counters(registry, "edge_bytes_total", "Body bytes that crossed the edge.", &["direction"])?;
         let retries = counters(registry, "edge_retries_total", "Requests tried again, of which no app had seen anything.", &["cause"])?;
+        let cuts = counters(registry, "edge_drain_cuts_total", "Client connections that a drain cut off in the middle of something.", &["cause"])?;
         let lost = counters(registry, "edge_access_log_lost_total", "Lines of the access log that were dropped.", &["cause"])?;
         let streams = histograms(
             registry,
@@ -133,6 +151,9 @@ impl Metrics {
             stream_seconds: ["events", "grpc", "websocket"].map(|kind| streams.with_label_values(&[kind])),
             hold_seconds: ["awake", "refused", "left"].map(|outcome| holds.with_label_values(&[outcome])),
             retries: ["asleep", "untouched"].map(|cause| retries.with_label_values(&[cause])),
+            drain_cuts: ["silent", "grace"].map(|cause| cuts.with_label_values(&[cause])),
+            drain_seconds: histogram(registry, "edge_drain_seconds", "How long drains took, to the last connection.", &DRAIN_BUCKETS)?,
+            draining: gauge(registry, "edge_draining", "1 while the edge takes nothing new and finishes what runs.")?,
             log_lines_lost: Lost { queue_full: lost.with_label_values(&["queue-full"]), unwritten: lost.with_label_values(&["unwritten"]) },
             request_seconds: histogram(registry, "edge_request_seconds", "Time of a request at the edge; streams are not in it.", &REQUEST_BUCKETS)?,
             token_open_seconds: histogram(
@@ -170,6 +191,11 @@ impl Metrics {
     /// Counts a request that is tried again.
     pub fn retry(&self, cause: RetryCause) {
         self.retries[cause as usize].inc();
+    }
+
+    /// Counts connections that a drain cuts off.
+    pub fn drain_cut(&self, cause: DrainCut, connections: usize) {
+        self.drain_cuts[cause as usize].inc_by(connections as u64);
     }
 
     /// Counts an answer of the gateway's own.

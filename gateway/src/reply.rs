@@ -63,6 +63,8 @@ pub(crate) enum Reason {
     GuestTimeout,
     /// The guest took the request and did not begin to answer in time.
     GuestSilent,
+    /// The guest took nothing more of the request's body.
+    GuestTakesNothing,
     /// The guest broke off, or what it sent is not HTTP.
     GuestBroke,
     /// The guest's answer has too large a header.
@@ -120,7 +122,7 @@ const PORT: &str = "Access to port denied";
 
 impl Reason {
     /// Every reason, in the order of the table; a reason's place in it is its place in the metrics.
-    pub const ALL: [Self; 37] = [
+    pub const ALL: [Self; 38] = [
         Self::TokenMissing,
         Self::TokenUnreadable,
         Self::TokenAmbiguous,
@@ -144,6 +146,7 @@ impl Reason {
         Self::NoShell,
         Self::GuestTimeout,
         Self::GuestSilent,
+        Self::GuestTakesNothing,
         Self::GuestBroke,
         Self::GuestHeaderTooLarge,
         Self::UnexpectedUpgrade,
@@ -186,6 +189,7 @@ impl Reason {
             Self::NoShell => (502, "", "no-shell", UNAVAILABLE),
             Self::GuestTimeout => (502, "", "guest-timeout", UNAVAILABLE),
             Self::GuestSilent => (504, "", "guest-silent", UNAVAILABLE),
+            Self::GuestTakesNothing => (504, "", "guest-takes-nothing", UNAVAILABLE),
             Self::GuestBroke => (502, "", "guest-answer-broken", UNAVAILABLE),
             Self::GuestHeaderTooLarge => (502, "", "guest-header-too-large", UNAVAILABLE),
             Self::UnexpectedUpgrade => (502, "", "unexpected-upgrade", UNAVAILABLE),

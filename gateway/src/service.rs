@@ -245,6 +245,7 @@ impl Service {
             // The client is gone, or breaks the rules of HTTP/2 and has been told so by a reset.
             (ErrorSource::Downstream, _) => None,
             (ErrorSource::Upstream, ErrorType::ConnectTimedout) => Some(Reason::GuestTimeout),
+            (ErrorSource::Upstream, ErrorType::WriteTimedout) => Some(Reason::GuestTakesNothing),
             (ErrorSource::Upstream, _) => Some(Reason::GuestBroke),
             (ErrorSource::Internal | ErrorSource::Unset, _) => Some(Reason::Internal),
         }

@@ -128,6 +128,8 @@ impl Peers {
             }
             Speaks::Http2 => {
                 options.set_http_version(2, 2);
+                // Ends the one stream.
+                options.write_timeout = limits.guest_body_deadline;
                 options.max_h2_streams = STREAMS;
                 options.h2_stream_window_size = Some(STREAM_WINDOW);
                 options.h2_connection_window_size = Some(CONNECTION_WINDOW);

@@ -202,5 +202,6 @@ async fn a_drain_ends_with_its_grace() {
     rig.stop.cancel();
     within("the end", rig.served.take().unwrap()).await.unwrap();
     assert!(within("the cut", cut).await.unwrap());
+    assert_eq!(rig.metric("edge_drain_cuts_total", &[("cause", "grace")]), 1.0);
     until("the app to notice", || app.dropped.load(Ordering::SeqCst) == 1).await;
 }

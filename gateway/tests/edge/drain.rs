@@ -115,13 +115,15 @@ async fn a_request_that_comes_while_the_gateway_drains_is_served() {
     app.go.notify_one();
     assert_eq!(slow.await.unwrap().text(), "at last");
     within("the end", rig.served.take().unwrap()).await.unwrap();
+    let cuts = ["silent", "grace"].map(|cause| rig.metric("edge_drain_cuts_total", &[("cause", cause)]));
+    assert_eq!(cuts, [0.0; 2], "nothing was cut");
 }
 
 /// One thread: nothing is accepted before the drain begins.
 #[tokio::test]
 async fn connections_that_only_the_kernel_has_taken_are_served() {
     let mut rig = patient().await;
-    let connections: Vec<_> = (0..20).map(|_| std::net::TcpStream::connect(rig.address).unwrap()).collect();
+    let connections: Vec<_> = (0..5).map(|_| std::net::TcpStream::connect(rig.address).unwrap()).collect();
     rig.stop.cancel();
     for tcp in connections {
         tcp.set_nonblocking(true).unwrap();
@@ -178,10 +180,15 @@ async fn a_silent_stream_does_not_hold_a_drain_and_one_that_speaks_does() {
     until("the silent stream that is alone to be cut", || rig.metric("edge_connections", &[]) == 1.0).await;
     // The other one shares its connection with a request.
     assert!(tokio::time::timeout(Duration::from_millis(2500), &mut served).await.is_err(), "a request was cut");
+    assert_eq!((rig.metric("edge_draining", &[]), rig.observations("edge_drain_seconds", &[])), (1.0, 0));
     app.go.notify_waiters();
     assert_eq!(busy.await.unwrap().text(), "at last");
     within("the end", served).await.unwrap();
     drop(events);
+    assert_eq!((rig.metric("edge_draining", &[]), rig.observations("edge_drain_seconds", &[])), (0.0, 1));
+    // The second stream has ended by itself.
+    let cuts = ["silent", "grace"].map(|cause| rig.metric("edge_drain_cuts_total", &[("cause", cause)]));
+    assert_eq!(cuts, [1.0, 0.0]);
 }
 
 /// What a guest of the WebSocket tests does next.

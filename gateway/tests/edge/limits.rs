@@ -19,7 +19,7 @@ use model::{MicrovmState, PortScope};
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpSocket, TcpStream},
-    sync::{Notify, mpsc},
+    sync::{Semaphore, mpsc},
 };
 
 use crate::{
@@ -168,12 +168,13 @@ async fn a_client_of_h2_that_does_not_begin_is_cut() {
 }
 
 /// A guest that takes a request's header, then nothing until it is told to, and answers with the length of the body.
-async fn reluctant(go: Arc<Notify>, length: usize) -> SocketAddr {
+async fn reluctant(go: Arc<Semaphore>, asked: Arc<AtomicUsize>, length: usize) -> SocketAddr {
     scripted(move |mut tcp| {
-        let go = go.clone();
+        let (go, asked) = (go.clone(), asked.clone());
         async move {
             read_header(&mut tcp).await;
-            go.notified().await;
+            asked.fetch_add(1, Ordering::SeqCst);
+            go.acquire().await.unwrap().forget();
             let mut left = length;
             let mut piece = vec![0; 65_536];
             while left > 0 {
@@ -224,10 +225,11 @@ async fn an_upload_that_stops_is_told_so() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_upload_that_its_guest_does_not_take_is_not_the_clients_fault() {
-    let rig = Rig::with(|limits| limits.body_deadline = Duration::from_millis(300)).await;
-    let go = Arc::new(Notify::new());
+    // Long enough for a client that waits for its turn on a busy machine: once the guest takes its body, it has to go on in time.
+    let rig = Rig::with(|limits| limits.body_deadline = Duration::from_secs(2)).await;
+    let (go, asked) = (Arc::new(Semaphore::new(0)), Arc::new(AtomicUsize::new(0)));
     let length = 16 << 20;
-    let vm = rig.microvm(reluctant(go.clone(), length).await).await;
+    let vm = rig.microvm(reluctant(go.clone(), asked.clone(), length).await).await;
     let token = rig.token(&vm, PortScope::All);
     let answers = [1, 2].map(|version| {
         let body = full(vec![7; length]);
@@ -236,9 +238,10 @@ async fn an_upload_that_its_guest_does_not_take_is_not_the_clients_fault() {
         async move { if version == 1 { rig.h1().await.send(one).await } else { rig.h2().await.send(two).await } }
     });
     let released = async {
-        // Several deadlines, in which nothing can be sent.
-        tokio::time::sleep(Duration::from_millis(1500)).await;
-        go.notify_waiters();
+        until("both requests to reach the guest", || asked.load(Ordering::SeqCst) == 2).await;
+        // Two deadlines, in which nothing can be sent.
+        tokio::time::sleep(Duration::from_secs(4)).await;
+        go.add_permits(2);
     };
     let [one, two] = answers;
     let (one, two, ()) = tokio::join!(one, two, released);

@@ -170,6 +170,68 @@ async fn an_app_that_answers_the_second_try_without_its_body_is_heard() {
     assert_eq!((answer.status, answer.text(), requests.load(Ordering::SeqCst)), (200, "ok", 2), "{}", answer.reason());
 }
 
+/// An app of HTTP/2 that gives bodies a window of 64 KiB and no more. It answers early to `/early`, at once to `/`, else never.
+/// Counts its connections and the bodies that were broken off.
+async fn takes_nothing() -> (SocketAddr, Arc<[AtomicUsize; 2]>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let counts = Arc::new([AtomicUsize::new(0), AtomicUsize::new(0)]);
+    let counted = counts.clone();
+    tokio::spawn(async move {
+        while let Ok((tcp, _)) = listener.accept().await {
+            let counted = counted.clone();
+            tokio::spawn(async move {
+                // The first connection is the gateway's question whether the app speaks TLS.
+                let Ok(mut connection) = h2::server::handshake(tcp).await else { return };
+                counted[0].fetch_add(1, Ordering::SeqCst);
+                while let Some(Ok((request, mut respond))) = connection.accept().await {
+                    let (path, mut body, counted) = (request.uri().path().to_owned(), request.into_body(), counted.clone());
+                    tokio::spawn(async move {
+                        if path == "/early" || path == "/" {
+                            let mut answer = respond.send_response(http::Response::new(()), false).unwrap();
+                            answer.send_data(Bytes::from_static(b"ok"), true).unwrap();
+                        }
+                        // Read without giving any window back.
+                        while let Some(piece) = body.data().await {
+                            if piece.is_err() {
+                                counted[1].fetch_add(1, Ordering::SeqCst);
+                                return;
+                            }
+                        }
+                        drop(respond);
+                    });
+                }
+            });
+        }
+    });
+    (address, counts)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_app_of_h2_that_takes_no_body_is_heard_and_if_it_says_nothing_its_stream_alone_is_reset() {
+    for (deadline, path) in [(Duration::from_secs(3600), "/early"), (Duration::from_millis(500), "/early"), (Duration::from_millis(500), "/never")] {
+        let rig = Rig::with(|limits| limits.guest_body_deadline = Some(deadline)).await;
+        let (address, counts) = takes_nothing().await;
+        let vm = rig.microvm(address).await;
+        let token = rig.token(&vm, PortScope::All);
+        let fields = [("x-aws-proxy-auth", token.as_str()), ("x-aws-proxy-force-h2", "true")];
+        for version in [1, 2] {
+            let body = full(vec![7; 1 << 20]);
+            let answer = match version {
+                1 => rig.h1().await.send(request("POST", &vm.host, path, &fields, body)).await,
+                _ => rig.h2().await.send(h2_request("POST", &vm.host, path, &fields, body)).await,
+            };
+            let expected = if path == "/early" { (200, "ok", "") } else { (504, "", "guest-takes-nothing") };
+            assert_eq!((answer.status, answer.text(), answer.reason()), expected, "HTTP/{version} {path}");
+            if deadline < Duration::from_secs(1) {
+                until("the stream to be reset", || counts[1].load(Ordering::SeqCst) == version).await;
+            }
+            assert_eq!(rig.h1().await.send(get(&vm.host, "/", &fields)).await.status, 200);
+            assert_eq!(counts[0].load(Ordering::SeqCst), 1, "the connection goes on");
+        }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_request_on_a_connection_of_h2_that_ends_is_not_sent_again() {
     let rig = Rig::new().await;

@@ -5,6 +5,7 @@ It keeps its state in memory on purpose: what is still there after a sleep came 
 import hashlib
 import json
 import os
+import select
 import sys
 import threading
 import time
@@ -140,15 +141,17 @@ class Handler(BaseHTTPRequestHandler):
         self.answer({"sha256": digest.hexdigest(), "bytes": size, "expect": self.headers.get("Expect"), "trailers": self.trailers})
 
     def path_hasty(self):
-        """Answers as if it kept the connection, and closes it ?after=S seconds later; without ?id what came so far."""
+        """Answers, and closes the connection if no other request comes in ?after=S seconds; without ?id what came so far."""
         if "id" not in self.query:
             return self.answer(hasty)
         size = sum(len(piece) for piece in self.body())
         with lock:
             hasty[self.query["id"]] = hasty.get(self.query["id"], 0) + 1
         self.answer({"bytes": size})
-        time.sleep(float(self.query.get("after", 0)))
-        self.close_connection = True
+        if not select.select([self.connection], [], [], float(self.query["after"]))[0]:
+            # At once: what is left of the handler has no connection any more.
+            os.close(self.connection.detach())
+            self.close_connection = True
 
     def path_big(self):
         left = int(self.query.get("bytes", 1 << 20))

@@ -24,7 +24,7 @@ use pingora_core::protocols::http::authority::{
     raw_target_authority, validate_request_authority, RawTargetAuthority,
 };
 use pingora_core::protocols::http::custom::CUSTOM_MESSAGE_QUEUE_SIZE;
-use pingora_core::protocols::http::v2::{client::Http2Session, write_body};
+use pingora_core::protocols::http::v2::{client::Http2Session, write_body, write_some};
 
 /// Derive H2 `:path`, separating H1 absolute-form components ([RFC 9113 section 8.3.1]).
 ///
@@ -526,24 +526,14 @@ where
 
         let mut downstream_state = DownstreamStateMachine::new(session.as_mut().is_body_done());
 
+        // Dormouse: what the upstream has no window for. It waits here and not in a write, so that an answer is heard meanwhile.
+        let mut unsent: Option<(Bytes, bool)> = None;
+
         // retry, send buffer if it exists
         if let Some(buffer) = session.as_mut().get_retry_buffer() {
-            match self
-                .send_body_to2(
-                    session,
-                    Some(buffer),
-                    downstream_state.is_done(),
-                    client_body,
-                    ctx,
-                    write_timeout,
-                )
-                .await
-            {
-                Ok(_) => {}
-                // Dormouse: as below, an upstream that wants no body may have answered.
-                Err(e) if e.esource == ErrorSource::Upstream => downstream_state.to_errored(),
-                Err(e) => return Err(e),
-            }
+            unsent = self
+                .filter_body_to2(session, Some(buffer), downstream_state.is_done(), ctx)
+                .await?;
         }
 
         let mut response_state = ResponseStateMachine::new();
@@ -582,8 +572,58 @@ where
             // But we don't need to do the same because the h2 client_body pipe is unbounded (never block)
             tokio::select! {
                 // NOTE: cannot avoid this copy since h2 owns the buf
-                body = session.downstream_session.read_body_or_idle(downstream_state.is_done()), if downstream_state.can_poll() => {
+                event = async {
+                    match unsent.as_mut() {
+                        None => DownstreamEvent::Body(
+                            session.downstream_session.read_body_or_idle(downstream_state.is_done()).await,
+                        ),
+                        Some((data, end)) => {
+                            let write = write_unsent(client_body, data, *end, write_timeout);
+                            // A write that waits for the upstream would otherwise keep the downstream stream's handles while
+                            // its RST_STREAM goes unobserved.
+                            match session.downstream_session.watch_h2_stream_close() {
+                                Some(stream_close) => tokio::select! {
+                                    biased;
+                                    res = write => DownstreamEvent::Sent(res),
+                                    closed = stream_close => DownstreamEvent::Closed(closed),
+                                },
+                                None => DownstreamEvent::Sent(write.await),
+                            }
+                        }
+                    }
+                }, if downstream_state.can_poll() || unsent.is_some() => {
                     debug!("downstream event");
+                    let body = match event {
+                        DownstreamEvent::Body(body) => body,
+                        DownstreamEvent::Sent(Ok(())) => {
+                            let end = unsent.take().is_some_and(|(_, end)| end);
+                            downstream_state.maybe_finished(end);
+                            continue;
+                        }
+                        // It takes nothing, and has not answered.
+                        DownstreamEvent::Sent(Err(e)) if e.etype == pingora_error::ErrorType::WriteTimedout && !response_state.is_done() => {
+                            return Err(e.into_up());
+                        }
+                        DownstreamEvent::Sent(Err(e)) => {
+                            // mark request done, attempt to drain receive
+                            warn!("Upstream h2 body send error: {e}");
+                            // upstream is what actually errored but we don't want to continue
+                            // polling the downstream body
+                            unsent = None;
+                            downstream_state.to_errored();
+                            continue;
+                        }
+                        DownstreamEvent::Closed(closed) => {
+                            unsent = None;
+                            match closed {
+                                Ok(reason) => Error::e_explain(
+                                    H2Error,
+                                    format!("downstream H2 stream closed (reason: {reason}) while writing body to upstream"),
+                                ),
+                                Err(e) => Err(e),
+                            }
+                        }
+                    };
                     let body = match body {
                         Ok(b) => b,
                         Err(e) => {
@@ -614,49 +654,8 @@ where
                         }
                     };
                     let is_body_done = session.is_body_done();
-                    match self.send_body_to2(session, body, is_body_done, client_body, ctx, write_timeout).await {
-                        Ok(request_done) =>  {
-                            downstream_state.maybe_finished(request_done);
-                        },
-                        Err(e) if e.esource == ErrorSource::Downstream => {
-                            // Downstream reset/errored while the upstream write was blocked
-                            // (e.g. on upstream flow control). Same policy as the read error
-                            // handling above: ignore the downstream error if the upstream
-                            // response is being admitted to cache, otherwise fail so the
-                            // downstream stream handles are dropped promptly.
-                            let wait_for_cache_fill = (!serve_from_cache.is_on() && support_cache_partial_read)
-                                || serve_from_cache.is_miss();
-                            if !wait_for_cache_fill {
-                                return Err(e);
-                            }
-                            // ignore downstream error so that upstream can continue to write cache
-                            downstream_state.to_errored();
-                            if !self.inner.suppress_proxy_warn_log(
-                                session,
-                                ctx,
-                                &e,
-                                ProxyWarnLogContext::DownstreamCache,
-                            ) {
-                                warn!(
-                                    "Downstream Error ignored during caching: {}, {}",
-                                    e,
-                                    self.inner.request_summary(session, ctx)
-                                );
-                            }
-                            // This will not be treated as a final error, but we should signal to
-                            // downstream session anyway.
-                            session.downstream_session.on_proxy_failure(e);
-                        },
-                        // Dormouse: a filter's refusal of the body is no fault of the upstream.
-                        Err(e) if e.esource != ErrorSource::Upstream => return Err(e),
-                        Err(e) => {
-                            // mark request done, attempt to drain receive
-                            warn!("Upstream h2 body send error: {e}");
-                            // upstream is what actually errored but we don't want to continue
-                            // polling the downstream body
-                            downstream_state.to_errored();
-                        }
-                    };
+                    // Dormouse: a filter's refusal of the body is no fault of the upstream.
+                    unsent = self.filter_body_to2(session, body, is_body_done, ctx).await?;
                 },
 
                 // Handle buffered upstream task from previous iteration
@@ -1046,15 +1045,14 @@ where
         res
     }
 
-    async fn send_body_to2(
+    /// What is to be sent of a piece of the downstream's body, and whether it is the last.
+    async fn filter_body_to2(
         &self,
         session: &mut Session,
         mut data: Option<Bytes>,
         end_of_body: bool,
-        client_body: &mut h2::SendStream<bytes::Bytes>,
         ctx: &mut SV::CTX,
-        write_timeout: Option<Duration>,
-    ) -> Result<bool>
+    ) -> Result<Option<(Bytes, bool)>>
     where
         SV: ProxyHttp + Send + Sync,
         SV::CTX: Send + Sync,
@@ -1072,51 +1070,37 @@ where
          * Although there is no harm writing empty byte to h2, unlike h1, we ignore it
          * for consistency */
         if !end_of_body && data.as_ref().is_some_and(|d| d.is_empty()) {
-            return Ok(false);
+            return Ok(None);
         }
-
-        let (data, end) = match data {
-            Some(data) => {
-                debug!("Write {} bytes body to h2 upstream", data.len());
-                (data, end_of_body)
-            }
-            None => {
-                debug!("Read downstream body done");
-                /* send a standalone END_STREAM flag */
-                (Bytes::new(), true)
-            }
-        };
-
-        /* For H2 downstreams, race the upstream write against downstream stream
-         * closure. A write blocked on upstream flow control would otherwise keep the
-         * downstream stream handles referenced while a downstream RST_STREAM goes
-         * unobserved, pinning the downstream connection window credit until the
-         * write completes. */
-        if let Some(stream_close) = session.downstream_session.watch_h2_stream_close() {
-            tokio::select! {
-                biased;
-                res = write_body(client_body, data, end, write_timeout) => {
-                    res.map_err(|e| e.into_up())?;
-                }
-                close_result = stream_close => {
-                    return match close_result {
-                        Ok(reason) => Error::e_explain(
-                            H2Error,
-                            format!("downstream H2 stream closed (reason: {reason}) while writing body to upstream"),
-                        ),
-                        Err(e) => Err(e),
-                    }
-                    .map_err(|e| e.into_down());
-                }
-            }
-        } else {
-            write_body(client_body, data, end, write_timeout)
-                .await
-                .map_err(|e| e.into_up())?;
-        }
-
-        Ok(end_of_body)
+        Ok(Some(match data {
+            Some(data) => (data, end_of_body),
+            /* send a standalone END_STREAM flag */
+            None => (Bytes::new(), true),
+        }))
     }
+}
+
+/// What comes of the downstream, or of sending what came of it.
+enum DownstreamEvent {
+    Body(Result<Option<Bytes>>),
+    Sent(Result<()>),
+    Closed(Result<h2::Reason>),
+}
+
+/// Sends all of `data`, and takes out of it what is sent: it may be dropped at any await and go on later.
+async fn write_unsent(
+    client_body: &mut h2::SendStream<bytes::Bytes>,
+    data: &mut Bytes,
+    end: bool,
+    write_timeout: Option<Duration>,
+) -> Result<()> {
+    if data.is_empty() {
+        return write_body(client_body, Bytes::new(), end, None).await;
+    }
+    while !data.is_empty() {
+        write_some(client_body, data, end, write_timeout).await?;
+    }
+    Ok(())
 }
 
 /* Read response header, body and trailer from h2 upstream and send them to tx */

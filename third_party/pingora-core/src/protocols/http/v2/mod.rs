@@ -48,6 +48,25 @@ async fn reserve_and_send(
     }
 }
 
+/// Writes what there is a window for, of `remaining`, which is not empty, and takes it out of it. May be dropped at any await.
+pub async fn write_some(
+    writer: &mut SendStream<Bytes>,
+    remaining: &mut Bytes,
+    end: bool,
+    write_timeout: Option<Duration>,
+) -> Result<()> {
+    match write_timeout {
+        Some(t) => match timeout(t, reserve_and_send(writer, remaining, end)).await {
+            Ok(res) => res,
+            Err(_) => Error::e_explain(
+                WriteTimedout,
+                format!("while writing h2 request body, timeout: {t:?}"),
+            ),
+        },
+        None => reserve_and_send(writer, remaining, end).await,
+    }
+}
+
 /// A helper function to write the body of h2 streams.
 pub async fn write_body(
     writer: &mut SendStream<Bytes>,
@@ -66,18 +85,7 @@ pub async fn write_body(
     }
 
     loop {
-        match write_timeout {
-            Some(t) => match timeout(t, reserve_and_send(writer, &mut remaining, end)).await {
-                Ok(res) => res?,
-                Err(_) => Error::e_explain(
-                    WriteTimedout,
-                    format!("while writing h2 request body, timeout: {t:?}"),
-                )?,
-            },
-            None => {
-                reserve_and_send(writer, &mut remaining, end).await?;
-            }
-        }
+        write_some(writer, &mut remaining, end, write_timeout).await?;
         if remaining.is_empty() {
             return Ok(());
         }
