@@ -124,7 +124,8 @@ impl Entry<'_> {
         let _ = time.format_into(&mut line, &Rfc3339);
         text(&mut line, "\",\"request_id\":\"", self.request_id);
         if let Some(client) = self.client {
-            let _ = write!(line, "\",\"client\":\"{client}");
+            line.extend_from_slice(b"\",\"client\":\"");
+            address(&mut line, client);
         }
         if let Some(method) = self.method {
             text(&mut line, "\",\"method\":\"", method);
@@ -303,6 +304,19 @@ fn text(line: &mut Vec<u8>, before: &str, text: &str) {
     line.extend_from_slice(text.as_bytes());
 }
 
+/// As its `Display`, whose padding takes four times as long.
+fn address(line: &mut Vec<u8>, address: SocketAddr) {
+    let SocketAddr::V4(v4) = address else {
+        let _ = write!(line, "{address}");
+        return;
+    };
+    for (octet, end) in v4.ip().octets().into_iter().zip(*b"...:") {
+        number(line, octet.into());
+        line.push(end);
+    }
+    number(line, v4.port().into());
+}
+
 fn number(line: &mut Vec<u8>, number: u64) {
     line.extend_from_slice(itoa::Buffer::new().format(number).as_bytes());
 }
@@ -389,6 +403,15 @@ mod tests {
         }
         log.flush().await;
         assert_eq!(std::fs::read_to_string(&file).unwrap().lines().count(), 100);
+    }
+
+    #[test]
+    fn an_address_reads_as_everywhere_else() {
+        for text in ["0.0.0.0:0", "203.0.113.70:65535", "[2001:db8::1]:443"] {
+            let mut line = Vec::new();
+            address(&mut line, text.parse().unwrap());
+            assert_eq!(String::from_utf8(line).unwrap(), text);
+        }
     }
 
     #[test]

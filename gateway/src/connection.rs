@@ -49,6 +49,9 @@ const EMPTY_SETTINGS: [u8; 9] = [0, 0, 0, 4, 0, 0, 0, 0, 0];
 const GOAWAY_FIXED: [u8; 8] = [0, 0, 0, 0, 0, 0, 0, 0xb];
 /// The longest header of an answer that waits for the answer's first bytes.
 const MAX_HELD: usize = 8 * 1024;
+/// What is shorter waits, over HTTP/2, for what else is to be said at the same moment. As long as the buffer that its frames
+/// gather in (third_party/PATCHES.md).
+const SMALL: usize = 2 * 1024;
 /// What a client of HTTP/2 sends before anything else (RFC 9113 §3.4).
 const PREFACE_LENGTH: usize = 24;
 
@@ -130,7 +133,9 @@ impl Socket {
                 Poll::Ready(ready) => ready?,
                 Poll::Pending => return self.poll_stalled(cx).map(Err),
             }
-            match self.tcp.try_write_vectored(bufs) {
+            // Of one piece the kernel makes less ado.
+            let written = if let [only] = bufs { self.tcp.try_write(only) } else { self.tcp.try_write_vectored(bufs) };
+            match written {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 result => {
                     self.stall = None;
@@ -138,6 +143,27 @@ impl Socket {
                 }
             }
         }
+    }
+
+    /// The same while tickets are held back or may have to be.
+    fn poll_send_with_tickets(&mut self, cx: &mut Context<'_>, bufs: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        let length = bufs.iter().map(|buf| buf.len()).sum();
+        if self.tickets.as_mut().is_some_and(|tickets| tickets.hold(bufs)) {
+            return Poll::Ready(Ok(length));
+        }
+        while let Some(held) = self.tickets.as_mut().and_then(Tickets::take) {
+            let pieces: Vec<_> = std::iter::once(IoSlice::new(&held)).chain(bufs.iter().copied()).collect();
+            let sent = self.poll_send(cx, &pieces);
+            let taken = if let Poll::Ready(Ok(taken)) = sent { taken } else { 0 };
+            if taken > held.len() {
+                return Poll::Ready(Ok(taken - held.len()));
+            }
+            self.tickets.iter_mut().for_each(|tickets| tickets.put_back(&held[taken..]));
+            ready!(sent)?;
+        }
+        let written = ready!(self.poll_send(cx, bufs))?;
+        self.tickets = self.tickets.take().and_then(|tickets| tickets.after(written, length));
+        Poll::Ready(Ok(written))
     }
 
     /// Whether the client has taken nothing for too long. To be asked only while something is to be written.
@@ -197,23 +223,7 @@ impl AsyncWrite for Socket {
     }
 
     fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
-        let length = bufs.iter().map(|buf| buf.len()).sum();
-        if self.tickets.as_mut().is_some_and(|tickets| tickets.hold(bufs)) {
-            return Poll::Ready(Ok(length));
-        }
-        while let Some(held) = self.tickets.as_mut().and_then(Tickets::take) {
-            let pieces: Vec<_> = std::iter::once(IoSlice::new(&held)).chain(bufs.iter().copied()).collect();
-            let sent = self.poll_send(cx, &pieces);
-            let taken = if let Poll::Ready(Ok(taken)) = sent { taken } else { 0 };
-            if taken > held.len() {
-                return Poll::Ready(Ok(taken - held.len()));
-            }
-            self.tickets.iter_mut().for_each(|tickets| tickets.put_back(&held[taken..]));
-            ready!(sent)?;
-        }
-        let written = ready!(self.poll_send(cx, bufs))?;
-        self.tickets.iter_mut().for_each(|tickets| tickets.wrote(written, length));
-        Poll::Ready(Ok(written))
+        if self.tickets.is_some() { self.poll_send_with_tickets(cx, bufs) } else { self.poll_send(cx, bufs) }
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -355,6 +365,8 @@ pub(crate) struct Guarded {
     socket: Socket,
     settings: GuardSettings,
     traffic: Arc<Traffic>,
+    // The same for pingora, which asks anew for each request.
+    proxy_digest: Option<Arc<ProxyDigest>>,
     // Even: a header is awaited. Odd: a request is under way. The service counts it up, through a shared reference.
     turn: AtomicU32,
     // The turn that `meter` and `deadline` belong to.
@@ -370,6 +382,8 @@ pub(crate) struct Guarded {
     // Whether the next small piece is held back, and what is: the begin of an answer goes out in one piece with what follows.
     hold_next: AtomicBool,
     held: Mutex<Vec<u8>>,
+    // Whether what is to be written has waited for its turn (`poll_gather`).
+    gathered: bool,
     // The client has not taken all that it was sent, or cannot: at the close there is nothing to wait for.
     owed: bool,
     closing: Option<Closing>,
@@ -385,8 +399,9 @@ impl Guarded {
         let deadline = Some(Box::pin(tokio::time::sleep(limits.header_deadline)));
         drop(limits);
         let (alpn, ssl) = (tls.selected_alpn_proto(), tls.get_ssl_digest());
+        let proxy_digest = traffic.digest();
         let preface_left = if multiplexed { PREFACE_LENGTH } else { 0 };
-        Self { tls: Shared(Mutex::new(tls)), alpn, ssl, socket, settings, traffic, turn: AtomicU32::new(turn), metered_turn: turn, meter, body_came: false, deadline, preface_left, refused: None, hold_next: AtomicBool::new(false), held: Mutex::default(), owed: false, closing: None }
+        Self { tls: Shared(Mutex::new(tls)), alpn, ssl, socket, settings, traffic, proxy_digest, turn: AtomicU32::new(turn), metered_turn: turn, meter, body_came: false, deadline, preface_left, refused: None, hold_next: AtomicBool::new(false), held: Mutex::default(), gathered: false, owed: false, closing: None }
     }
 
     /// The connection under a pingora session, if it is HTTP/1.1.
@@ -487,6 +502,18 @@ impl Guarded {
             }
         }
         Pin::new(&mut self.tls).poll_write(cx, buf)
+    }
+
+    /// Lets those who are ready to run say what they have to say before a small piece of HTTP/2 is written: the answers of
+    /// several streams then are one TLS record, one segment and one wake of the client, not one for each.
+    fn poll_gather(&mut self, cx: &mut Context<'_>, length: usize) -> Poll<()> {
+        let multiplexed = self.header_turn().is_none() && self.alpn == Some(ALPN::H2);
+        if !multiplexed || length >= SMALL || std::mem::replace(&mut self.gathered, true) {
+            return Poll::Ready(());
+        }
+        // Behind all tasks that are ready, not before them: a task that wakes itself while it runs is the last in the queue.
+        cx.waker().wake_by_ref();
+        Poll::Pending
     }
 
     fn noted<T>(&mut self, outcome: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
@@ -596,6 +623,7 @@ impl AsyncWrite for Guarded {
 
     fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
         ready!(self.poll_release(cx))?;
+        ready!(self.poll_gather(cx, bufs.iter().map(|buf| buf.len()).sum()));
         let written = Pin::new(&mut self.tls).poll_write_vectored(cx, bufs);
         self.noted(written)
     }
@@ -608,6 +636,7 @@ impl AsyncWrite for Guarded {
         let released = self.poll_release(cx);
         ready!(self.noted(released))?;
         let flushed = Pin::new(&mut self.tls).poll_flush(cx);
+        self.gathered &= flushed.is_pending();
         self.noted(flushed)
     }
 
@@ -697,7 +726,7 @@ impl GetTimingDigest for Guarded {
 
 impl GetProxyDigest for Guarded {
     fn get_proxy_digest(&self) -> Option<Arc<ProxyDigest>> {
-        self.traffic.digest()
+        self.proxy_digest.clone()
     }
 }
 

@@ -107,6 +107,7 @@ impl Service {
             };
             ctx.bytes_in = passed.bytes as u64;
             let mut app = AppSession::new(stream);
+            app.set_preserve_case(!session.is_http2());
             match self.converse(session, &mut app, ctx, &mut passed).await {
                 Ok(reusable) => break (app, link, reusable),
                 Err(error) if passed.whole && self.is_unseen(ctx, &error).await => {

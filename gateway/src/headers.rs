@@ -3,13 +3,23 @@
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 
 /// The token's field.
-pub(crate) const AUTH_FIELD: &str = "x-aws-proxy-auth";
+pub(crate) static AUTH_FIELD: HeaderName = HeaderName::from_static("x-aws-proxy-auth");
 /// The port's field.
-pub(crate) const PORT_FIELD: &str = "x-aws-proxy-port";
+pub(crate) static PORT_FIELD: HeaderName = HeaderName::from_static("x-aws-proxy-port");
 /// Asks for HTTP/2 with prior knowledge towards the app.
-pub(crate) const FORCE_H2_FIELD: &str = "x-aws-proxy-force-h2";
+pub(crate) static FORCE_H2_FIELD: HeaderName = HeaderName::from_static("x-aws-proxy-force-h2");
+/// Why the gateway answered by itself.
+pub(crate) static REASON_FIELD: HeaderName = HeaderName::from_static("x-dormouse-reason");
 /// Names a request, towards the app and towards the client.
 pub(crate) const REQUEST_ID_FIELD: &str = "x-amzn-requestid";
+
+/// The value of [`REQUEST_ID_FIELD`]. HTTP/2 keeps it in no table (RFC 7541 §6.2.3): it never comes again, and to look for each
+/// among all those before it was most of the work of writing an answer's header.
+pub(crate) fn request_id(id: &str) -> HeaderValue {
+    let mut value = HeaderValue::from_str(id).expect("the text of a UUID is a header value");
+    value.set_sensitive(true);
+    value
+}
 
 /// Every field of the reserved name space, also unknown ones (aws-behaviour §1.2), and their aliases with underscores:
 /// an app behind a CGI-like layer could not tell those apart from the real ones (cases.md 20).
@@ -113,7 +123,7 @@ pub(crate) fn answer_kind(status: StatusCode, headers: &HeaderMap) -> AnswerKind
 
 /// Whether HTTP/2 with prior knowledge towards the app was asked for.
 pub(crate) fn forces_h2(headers: &HeaderMap) -> bool {
-    headers.get(FORCE_H2_FIELD).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"true"))
+    headers.get(&FORCE_H2_FIELD).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"true"))
 }
 
 #[cfg(test)]

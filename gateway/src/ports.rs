@@ -11,7 +11,7 @@ pub(crate) const SHELL: Port = Port::new(8022).expect("it is not 0");
 /// The port asked for, if one is. The text is taken strictly: a malformed or doubled one is refused, also where another source would
 /// have won, so that no two readers of one request can disagree about its port.
 pub(crate) fn requested(headers: &HeaderMap, offer: Option<&Offer>) -> Result<Option<Port>, Reason> {
-    let mut fields = headers.get_all(PORT_FIELD).iter().map(|value| value.to_str().map_err(|_| Reason::PortMalformed));
+    let mut fields = headers.get_all(&PORT_FIELD).iter().map(|value| value.to_str().map_err(|_| Reason::PortMalformed));
     let field = fields.next().transpose()?;
     if fields.next().is_some() {
         return Err(Reason::PortMalformed);
@@ -35,7 +35,7 @@ mod tests {
     fn check(fields: &[&[u8]], offered: &[&str], expected: Result<Option<u16>, Reason>) {
         let mut headers = HeaderMap::new();
         for field in fields {
-            headers.append(PORT_FIELD, HeaderValue::from_bytes(field).unwrap());
+            headers.append(&PORT_FIELD, HeaderValue::from_bytes(field).unwrap());
         }
         let offer = Offer { ports: offered.iter().map(|port| (*port).to_owned()).collect(), ..Offer::default() };
         assert_eq!(requested(&headers, Some(&offer)).map(|port| port.map(Port::get)), expected, "{fields:?} {offered:?}");

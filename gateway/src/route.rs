@@ -31,9 +31,12 @@ fn endpoint(host: &str, suffix: &str) -> Option<EndpointId> {
         Some(_) => return None,
         None => host,
     };
-    let name = name.strip_suffix('.').unwrap_or(name).to_ascii_lowercase();
-    let label = name.strip_suffix(&suffix.to_ascii_lowercase())?.strip_suffix('.')?;
-    label.parse().ok()
+    let name = name.strip_suffix('.').unwrap_or(name);
+    let (label, end) = name.split_at_checked(name.len().checked_sub(suffix.len())?)?;
+    if !end.eq_ignore_ascii_case(suffix) {
+        return None;
+    }
+    label.strip_suffix('.')?.to_ascii_lowercase().parse().ok()
 }
 
 #[cfg(test)]

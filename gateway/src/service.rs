@@ -602,7 +602,7 @@ impl ProxyHttp for Service {
         for name in headers::reserved(&request.headers) {
             request.remove_header(&name);
         }
-        request.insert_header(headers::REQUEST_ID_FIELD, &ctx.request_id)?;
+        request.insert_header(headers::REQUEST_ID_FIELD, headers::request_id(&ctx.request_id))?;
         match &ctx.handshake {
             Some(handshake) => {
                 request.remove_header(&header::SEC_WEBSOCKET_PROTOCOL);
@@ -666,7 +666,7 @@ impl ProxyHttp for Service {
             return Err(Self::fail(ctx, reason));
         }
         // Ours alone: a client may rely on what it says.
-        answer.remove_header("x-dormouse-reason");
+        answer.remove_header(&headers::REASON_FIELD);
         if answer.status.is_informational() && answer.status != StatusCode::SWITCHING_PROTOCOLS {
             ctx.interim += 1;
             return if ctx.interim > MAX_INTERIM { Err(Self::fail(ctx, Reason::GuestBroke)) } else { Ok(()) };
@@ -707,7 +707,7 @@ impl ProxyHttp for Service {
                 AnswerKind::Unknown => ctx.watch = Some(self.watch(awake.clone())),
             }
         }
-        answer.insert_header(headers::REQUEST_ID_FIELD, &ctx.request_id)?;
+        answer.insert_header(headers::REQUEST_ID_FIELD, headers::request_id(&ctx.request_id))?;
         if answer.status == StatusCode::SWITCHING_PROTOCOLS { self.tunnel(session, answer, ctx).await } else { Ok(()) }
     }
 

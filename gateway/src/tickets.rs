@@ -54,10 +54,11 @@ impl Tickets {
         self.heard = true;
     }
 
-    /// Of `length` bytes `written` were taken.
-    pub fn wrote(&mut self, written: usize, length: usize) {
+    /// Of `length` bytes `written` were taken. `None` if the handshake is over: then there is nothing more to hold.
+    pub fn after(mut self, written: usize, length: usize) -> Option<Self> {
         self.heard = false;
         self.whole = written == length;
+        self.handshake.load(Ordering::Relaxed).then_some(self)
     }
 
     /// Holds `bufs` back if they are tickets: what a server writes encrypted once it has read the client's Finished. Its

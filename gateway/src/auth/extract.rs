@@ -8,7 +8,7 @@ use crate::{headers::AUTH_FIELD, reply::Reason, websocket::Offer};
 /// The one token of a request, still opaque. Never first wins or last wins: two tokens are refused unless they are the
 /// same text in both places.
 pub(crate) fn token<'a>(headers: &'a HeaderMap, offer: Option<&'a Offer>) -> Result<&'a str, Reason> {
-    let mut fields = headers.get_all(AUTH_FIELD).iter();
+    let mut fields = headers.get_all(&AUTH_FIELD).iter();
     let field = fields.next().map(|value| value.to_str().map_err(|_| Reason::TokenUnreadable));
     if fields.next().is_some() {
         return Err(Reason::TokenAmbiguous);
@@ -41,7 +41,7 @@ mod tests {
     fn check(fields: &[&[u8]], offer: Option<Offer>, expected: Result<&str, Reason>) {
         let mut headers = HeaderMap::new();
         for field in fields {
-            headers.append(AUTH_FIELD, HeaderValue::from_bytes(field).unwrap());
+            headers.append(&AUTH_FIELD, HeaderValue::from_bytes(field).unwrap());
         }
         assert_eq!(token(&headers, offer.as_ref()), expected, "{fields:?} {offer:?}");
     }

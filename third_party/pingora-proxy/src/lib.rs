@@ -352,8 +352,7 @@ where
                         "Fail to proxy: {e}, downstream session type: {}",
                         downstream_session.session_type()
                     );
-                    downstream_session
-                        .respond_error(400)
+                    Box::pin(downstream_session.respond_error(400))
                         .await
                         .unwrap_or_else(|e| {
                             error!("failed to send error response to downstream: {e}");
@@ -385,8 +384,7 @@ where
             .is_some_and(|opts| opts.allow_connect_method_proxying)
             && downstream_session.req_header().method == Method::CONNECT
         {
-            downstream_session
-                .respond_error(405)
+            Box::pin(downstream_session.respond_error(405))
                 .await
                 .unwrap_or_else(|e| {
                     error!("failed to send error response to downstream: {e}");
@@ -1147,8 +1145,10 @@ where
 {
     async fn process_request(
         self: &Arc<Self>,
-        mut session: Session,
-        mut ctx: <SV as ProxyHttp>::CTX,
+        // Boxed, as is the context: an async function holds what it is given twice, and the future
+        // of each request was four KiB of these.
+        mut session: Box<Session>,
+        mut ctx: Box<<SV as ProxyHttp>::CTX>,
     ) -> Option<ReusedHttpStream>
     where
         SV: ProxyHttp + Send + Sync + 'static,
@@ -1160,7 +1160,7 @@ where
             .await
         {
             return Box::pin(self
-                .handle_error(session, &mut ctx, e, "Fail to early filter request:"))
+                .handle_error(*session, &mut ctx, e, "Fail to early filter request:"))
                 .await;
         }
 
@@ -1178,7 +1178,7 @@ where
         {
             return Box::pin(self
                 .handle_error(
-                    session,
+                    *session,
                     &mut ctx,
                     e,
                     "Failed in downstream modules request filter:",
@@ -1198,7 +1198,7 @@ where
                     }
                     return session
                         .downstream_session
-                        .finish()
+                        .finish_boxed()
                         .await
                         .ok()
                         .flatten()
@@ -1208,7 +1208,7 @@ where
             }
             Err(e) => {
                 return Box::pin(self
-                    .handle_error(session, &mut ctx, e, "Fail to filter request:"))
+                    .handle_error(*session, &mut ctx, e, "Fail to filter request:"))
                     .await;
             }
         }
@@ -1216,7 +1216,7 @@ where
         // Boxed as the proxying below.
         if let Some((reuse, err)) = Box::pin(self.proxy_cache(&mut session, &mut ctx)).await {
             // cache hit
-            return self.finish(session, &mut ctx, reuse, err).await;
+            return Box::pin(self.finish(*session, &mut ctx, reuse, err)).await;
         }
         // either uncacheable, or cache miss
 
@@ -1243,7 +1243,7 @@ where
                             Err(e) => {
                                 return Box::pin(self
                                     .handle_error(
-                                        session,
+                                        *session,
                                         &mut ctx,
                                         e,
                                         "Error responding with Bad Gateway:",
@@ -1253,7 +1253,7 @@ where
                         }
                     }
 
-                    return self.finish(session, &mut ctx, true, None).await;
+                    return Box::pin(self.finish(*session, &mut ctx, true, None)).await;
                 }
                 /* else continue */
             }
@@ -1264,7 +1264,7 @@ where
 
                 return Box::pin(self
                     .handle_error(
-                        session,
+                        *session,
                         &mut ctx,
                         e,
                         "Error deciding if we should proxy to upstream:",
@@ -1363,8 +1363,7 @@ where
         }
 
         // logging() will be called in finish()
-        self.finish(session, &mut ctx, server_reuse, final_error)
-            .await
+        Box::pin(self.finish(*session, &mut ctx, server_reuse, final_error)).await
     }
 
     async fn handle_error(
@@ -1460,7 +1459,7 @@ where
         session.subrequest_ctx.replace(sub_req_ctx);
         trace!("processing subrequest");
         let ctx = self.inner.new_ctx();
-        self.process_request(session, ctx).await;
+        self.process_request(Box::new(session), Box::new(ctx)).await;
         trace!("subrequest done");
     }
 }
@@ -1572,13 +1571,13 @@ where
 
         // TODO: keepalive pool, use stack
         let mut session = match self.handle_new_request(session).await {
-            Some(downstream_session) => Session::new(
+            Some(downstream_session) => Box::new(Session::new(
                 downstream_session,
                 &self.downstream_modules,
                 #[cfg(feature = "upstream_modules")]
                 &self.upstream_modules,
                 self.shutdown_flag.clone(),
-            ),
+            )),
             None => return None, // bad request
         };
 
@@ -1587,7 +1586,7 @@ where
             session.set_keepalive(None);
         }
 
-        let mut ctx = self.inner.new_ctx();
+        let mut ctx = Box::new(self.inner.new_ctx());
 
         // Deliver user context from the previous request on this reused connection
         if let Some(prev_ctx) = prev_user_ctx {

@@ -287,6 +287,25 @@ impl Session {
         }
     }
 
+    /// The same of a session in a box, whose future does not hold all of it.
+    pub async fn finish_boxed(mut self: Box<Self>) -> Result<Option<ReusableHttpStream>> {
+        match &mut *self {
+            Self::H1(s) => {
+                s.finish_body().await?;
+                if !s.prepare_reuse().await? {
+                    return Ok(None);
+                }
+            }
+            Self::H2(s) => {
+                s.finish()?;
+                return Ok(None);
+            }
+            Self::Subrequest(_) | Self::Custom(_) => return Box::pin((*self).finish()).await,
+        }
+        let Self::H1(s) = *self else { return Ok(None) };
+        Ok(Some(s.into_reusable()))
+    }
+
     /// Callback for cleanup logic on downstream specifically when we fail to proxy the session
     /// other than cleanup via finish().
     ///

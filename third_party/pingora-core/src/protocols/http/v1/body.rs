@@ -31,6 +31,8 @@ use crate::utils::BufRef;
 const BODY_BUFFER_SIZE: usize = 1024 * 64;
 // What comes of a client comes out of a TLS record, which holds no more than this.
 const DOWNSTREAM_BODY_BUFFER_SIZE: usize = 1024 * 16;
+// After an upgrade: both sides are silent for long, and the gateway carries the bytes past this.
+const UPGRADED_BODY_BUFFER_SIZE: usize = 1024;
 // limit how much incomplete chunk-size and chunk-ext to buffer
 const PARTIAL_CHUNK_HEAD_LIMIT: usize = 1024 * 8;
 // Trailers: https://datatracker.ietf.org/doc/html/rfc9112#section-7.1.2
@@ -220,6 +222,11 @@ impl BodyReader {
         if body_buf.len() < self.body_buf_size {
             body_buf.reserve(self.body_buf_size - body_buf.len());
         }
+    }
+
+    /// What follows is another protocol's: a small buffer is waited with.
+    pub(super) fn after_upgrade(&mut self) {
+        self.body_buf_size = UPGRADED_BODY_BUFFER_SIZE;
     }
 
     pub fn init_chunked(&mut self, buf_to_rewind: &[u8]) {

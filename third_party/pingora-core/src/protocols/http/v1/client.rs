@@ -21,6 +21,7 @@ use pingora_error::{Error, ErrorType::*, OrErr, Result, RetryType};
 use pingora_http::{HMap, IntoCaseHeaderName, RequestHeader, ResponseHeader};
 use pingora_timeout::timeout;
 use std::io::ErrorKind;
+use std::mem::MaybeUninit;
 use std::str;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -63,8 +64,15 @@ pub struct HttpSession {
     pub(crate) digest: Box<Digest>,
     response_header: Option<Box<ResponseHeader>>,
     request_written: Option<Box<RequestHeader>>,
-    /// Whether the header was written as it is on the wire and asks for no body (HEAD).
+    /// Whether the header was written as it is on the wire.
+    raw_written: bool,
+    /// Whether that asks for no body (HEAD).
     raw_head_written: bool,
+    /// Of a response header that was handed on: its status, and what it says of keepalive (see
+    /// `set_keepalive`).
+    handed_on: Option<(StatusCode, Option<u64>)>,
+    /// Whether response header names keep the case that they came in.
+    preserve_case: bool,
     bytes_sent: usize,
     /// Total response body payload bytes received from upstream
     body_recv: usize,
@@ -102,7 +110,10 @@ impl HttpSession {
             keepalive_timeout: KeepaliveStatus::Off,
             response_header: None,
             request_written: None,
+            raw_written: false,
             raw_head_written: false,
+            handed_on: None,
+            preserve_case: true,
             read_timeout: None,
             write_timeout: None,
             digest,
@@ -187,8 +198,15 @@ impl HttpSession {
             .flush()
             .await
             .or_err(WriteError, "flushing request header")?;
+        self.raw_written = true;
         self.raw_head_written = head;
         Ok(())
+    }
+
+    /// Whether the names of a response header keep the case that they came in. They need not where
+    /// they go on over HTTP/2.
+    pub fn set_preserve_case(&mut self, preserve: bool) {
+        self.preserve_case = preserve;
     }
 
     async fn do_write_body(&mut self, buf: &[u8]) -> Result<Option<usize>> {
@@ -307,9 +325,14 @@ impl HttpSession {
 
         loop {
             if parse_existing_buffer {
-                let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
-                let mut resp = httparse::Response::new(&mut headers);
-                let parsed = parse_resp_buffer(&mut resp, &self.response_header_read_buf);
+                // Not written before it is parsed into: it is 8 KiB.
+                let mut headers = [const { MaybeUninit::uninit() }; MAX_HEADERS];
+                let mut resp = httparse::Response::new(&mut []);
+                let parsed = parse_resp_buffer(
+                    &mut resp,
+                    &self.response_header_read_buf,
+                    &mut headers,
+                );
                 match parsed {
                     HeaderParseState::Complete(s) => {
                         let total_read = self.response_header_read_buf.len();
@@ -320,9 +343,15 @@ impl HttpSession {
                         // while header_refs doesn't as it is still empty
                         let _num_headers = populate_headers(base, &mut header_refs, resp.headers);
 
-                        let mut response_header = match ResponseHeader::build(
+                        let build = if self.preserve_case {
+                            ResponseHeader::build
+                        } else {
+                            ResponseHeader::build_no_case
+                        };
+                        let mut response_header = match build(
                             resp.code.unwrap(),
-                            Some(resp.headers.len()),
+                            // With room for what is added on the way: growing hashes all anew.
+                            Some(resp.headers.len() + 3),
                         ) {
                             Ok(header) => Box::new(header),
                             Err(e) => return self.fail_response_header_read(e),
@@ -499,7 +528,10 @@ impl HttpSession {
 
     /// Return the status code of the response if read
     pub fn get_status(&self) -> Option<StatusCode> {
-        self.response_header.as_ref().map(|h| h.status)
+        match &self.response_header {
+            Some(header) => Some(header.status),
+            None => self.handed_on.map(|(status, _)| status),
+        }
     }
 
     async fn do_read_body(&mut self) -> Result<Option<BufRef>> {
@@ -607,6 +639,15 @@ impl HttpSession {
             return;
         }
 
+        let said = match (&self.response_header, self.handed_on) {
+            (None, Some((_, said))) => said,
+            _ => self.keepalive_of_header(),
+        };
+        self.set_keepalive(said);
+    }
+
+    /// What the response header says of keepalive, in the form that `set_keepalive` takes.
+    fn keepalive_of_header(&self) -> Option<u64> {
         // Per [RFC 9112 Section 6.1-16](https://datatracker.ietf.org/doc/html/rfc9112#section-6.1-16),
         // if Transfer-Encoding is received in HTTP/1.0 response, connection MUST be closed after processing.
         if self.resp_header().map(|h| h.version) == Some(Version::HTTP_10)
@@ -615,24 +656,20 @@ impl HttpSession {
                 .and_then(|h| h.headers.get(header::TRANSFER_ENCODING))
                 .is_some()
         {
-            self.set_keepalive(None);
-            return;
+            return None;
         }
         if let Some(keepalive) = self.is_connection_keepalive() {
             if keepalive {
                 let (timeout, _max_use) = self.get_keepalive_values();
                 // TODO: respect max_use
-                match timeout {
-                    Some(d) => self.set_keepalive(Some(d)),
-                    None => self.set_keepalive(Some(0)), // infinite
-                }
+                Some(timeout.unwrap_or(0)) // 0: infinite
             } else {
-                self.set_keepalive(None);
+                None
             }
         } else if self.resp_header().map(|h| h.version) == Some(Version::HTTP_11) {
-            self.set_keepalive(Some(0)); // on by default for http 1.1
+            Some(0) // on by default for http 1.1
         } else {
-            self.set_keepalive(None); // off by default for http 1.0
+            None // off by default for http 1.0
         }
     }
 
@@ -745,6 +782,7 @@ impl HttpSession {
             }
 
             if upgraded {
+                self.body_reader.after_upgrade();
                 self.body_reader.init_close_delimited(preread_body);
                 self.close_delimited_resp = true;
             } else if self.is_chunked_encoding() {
@@ -850,8 +888,18 @@ impl HttpSession {
 
     pub async fn read_response_task(&mut self) -> Result<HttpTask> {
         if self.should_read_resp_header() {
-            let resp_header = self.read_resp_header_parts().await?;
-            let end_of_body = self.is_body_done();
+            let (resp_header, end_of_body) = if self.raw_written {
+                self.read_response().await?;
+                // No copy: what is asked of it later is noted.
+                let end_of_body = self.is_body_done();
+                let said = self.keepalive_of_header();
+                let header = self.response_header.take().expect("it was just read");
+                self.handed_on = Some((header.status, said));
+                (header, end_of_body)
+            } else {
+                let header = self.read_resp_header_parts().await?;
+                (header, self.is_body_done())
+            };
             debug!("Response header: {resp_header:?}");
             trace!(
                 "Raw Response header: {:?}",
@@ -923,14 +971,15 @@ impl HttpSession {
 }
 
 #[inline]
-fn parse_resp_buffer<'buf>(
-    resp: &mut httparse::Response<'_, 'buf>,
+fn parse_resp_buffer<'headers, 'buf>(
+    resp: &mut httparse::Response<'headers, 'buf>,
     buf: &'buf [u8],
+    headers: &'headers mut [MaybeUninit<httparse::Header<'buf>>],
 ) -> HeaderParseState {
     let mut parser = httparse::ParserConfig::default();
     parser.allow_spaces_after_header_name_in_responses(true);
     parser.allow_obsolete_multiline_headers_in_responses(true);
-    let res = match parser.parse_response(resp, buf) {
+    let res = match parser.parse_response_with_uninit_headers(resp, buf, headers) {
         Ok(s) => s,
         Err(e) => {
             return HeaderParseState::Invalid(e);
