@@ -35,7 +35,7 @@ use tokio::{
     time::{Instant, Sleep},
 };
 
-use crate::{Limits, access_log::{AccessLog, Entry}, drain::Traffic, framing::HeaderLimits, meter::HeaderMeter, metrics::{DrainCut, Metrics, Protocol}, reply::Reason, tickets::{HandshakeEnd, Tickets}};
+use crate::{Limits, access_log::{AccessLog, Entry}, drain::Traffic, framing::HeaderLimits, h2_refusals::Outgoing, meter::HeaderMeter, metrics::{DrainCut, Metrics, Protocol}, reply::Reason, tickets::{HandshakeEnd, Tickets}};
 
 /// After the last answer on a connection that is closed with input unread: what still comes is read and thrown away until
 /// nothing has come for this long, so that the close does not reach the client as a reset that overtakes the answer. A
@@ -377,6 +377,8 @@ pub(crate) struct Guarded {
     deadline: Option<Pin<Box<Sleep>>>,
     // Of HTTP/2: how much of the preface has not come. pingora has no deadline for it; for what follows it has.
     preface_left: usize,
+    // Of HTTP/2: what goes out, for what is refused below us.
+    outgoing: Option<Box<Outgoing>>,
     // Why the header awaited in this turn, or the whole connection, is refused.
     refused: Option<(u32, Reason)>,
     // Whether the next small piece is held back, and what is: the begin of an answer goes out in one piece with what follows.
@@ -401,7 +403,7 @@ impl Guarded {
         let (alpn, ssl) = (tls.selected_alpn_proto(), tls.get_ssl_digest());
         let proxy_digest = traffic.digest();
         let preface_left = if multiplexed { PREFACE_LENGTH } else { 0 };
-        Self { tls: Shared(Mutex::new(tls)), alpn, ssl, socket, settings, traffic, proxy_digest, turn: AtomicU32::new(turn), metered_turn: turn, meter, body_came: false, deadline, preface_left, refused: None, hold_next: AtomicBool::new(false), held: Mutex::default(), gathered: false, owed: false, closing: None }
+        Self { tls: Shared(Mutex::new(tls)), alpn, ssl, socket, settings, traffic, proxy_digest, turn: AtomicU32::new(turn), metered_turn: turn, meter, body_came: false, deadline, preface_left, outgoing: multiplexed.then(Box::default), refused: None, hold_next: AtomicBool::new(false), held: Mutex::default(), gathered: false, owed: false, closing: None }
     }
 
     /// The connection under a pingora session, if it is HTTP/1.1.
@@ -534,6 +536,17 @@ impl Guarded {
         Poll::Ready(Ok(()))
     }
 
+    /// Counts and logs what the HTTP/2 layer refuses by these bytes.
+    fn look_at(&mut self, bytes: &[u8]) {
+        let Self { outgoing: Some(outgoing), settings, socket, .. } = self else { return };
+        outgoing.pass(bytes, |reason| {
+            let request_id = uuid::Uuid::new_v4().to_string();
+            settings.metrics.refusal(reason);
+            settings.metrics.request(Protocol::Http2, None);
+            settings.log.say(&Entry { protocol: Protocol::Http2, status: None, ..Entry::unparsed(&request_id, socket.peer(), reason) });
+        });
+    }
+
     fn refused_in(&self, turn: u32) -> Option<Reason> {
         self.refused.filter(|(refused_turn, _)| *refused_turn == turn).map(|(_, reason)| reason)
     }
@@ -618,6 +631,9 @@ impl AsyncWrite for Guarded {
             return Poll::Ready(Ok(buf.len()));
         }
         let written = self.poll_write_with_held(cx, buf);
+        if let Poll::Ready(Ok(written)) = written {
+            self.look_at(&buf[..written]);
+        }
         self.noted(written)
     }
 
@@ -625,6 +641,13 @@ impl AsyncWrite for Guarded {
         ready!(self.poll_release(cx))?;
         ready!(self.poll_gather(cx, bufs.iter().map(|buf| buf.len()).sum()));
         let written = Pin::new(&mut self.tls).poll_write_vectored(cx, bufs);
+        if let Poll::Ready(Ok(mut written)) = written {
+            for buf in bufs {
+                let taken = written.min(buf.len());
+                self.look_at(&buf[..taken]);
+                written -= taken;
+            }
+        }
         self.noted(written)
     }
 

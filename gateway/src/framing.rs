@@ -31,6 +31,13 @@ pub(crate) fn check(method: &Method, uri: &Uri, version: Version, headers: &Head
     if method == Method::CONNECT || method == Method::TRACE {
         return Err(Reason::MethodNotAllowed);
     }
+    // Marks of a header that h2 has not kept, and of one that pingora finds malformed (third_party/PATCHES.md). A client that sends
+    // them asks for these answers.
+    for (mark, reason) in [("x-h2-over-size", Reason::HeaderTooLarge), ("x-h2-malformed", Reason::MalformedRequest)] {
+        if headers.contains_key(mark) {
+            return Err(reason);
+        }
+    }
     if headers.len() > limits.fields || crate::headers::bytes(headers) > limits.bytes || raw.len() > limits.bytes {
         return Err(Reason::HeaderTooLarge);
     }
@@ -165,6 +172,7 @@ mod tests {
         assert_eq!(verdict(Method::TRACE, &[], ""), Err(Reason::MethodNotAllowed));
         assert_eq!(verdict(Method::GET, &[("a", "1"); 6], ""), Err(Reason::HeaderTooLarge));
         assert_eq!(verdict(Method::GET, &[("a", &"x".repeat(1000))], ""), Err(Reason::HeaderTooLarge));
+        assert_eq!(verdict(Method::GET, &[("x-h2-over-size", "")], ""), Err(Reason::HeaderTooLarge));
         assert_eq!(verdict(Method::GET, &[("a", "1"); 5], ""), Ok(()));
     }
 }

@@ -91,6 +91,12 @@ pub(crate) enum Reason {
     BodyTimeout,
     /// There is no place for the connection, or none more for its address.
     TooManyConnections,
+    /// More streams at a time on a connection than there may be. Said by a reset alone, as are the next two.
+    TooManyStreams,
+    /// Frames that break the rules of HTTP/2, or a header that does.
+    H2Violation,
+    /// Frames that are within the rules one by one and an attack together: resets, settings, empty frames.
+    H2Flood,
     /// Our own fault.
     Internal,
 }
@@ -122,7 +128,7 @@ const PORT: &str = "Access to port denied";
 
 impl Reason {
     /// Every reason, in the order of the table; a reason's place in it is its place in the metrics.
-    pub const ALL: [Self; 38] = [
+    pub const ALL: [Self; 41] = [
         Self::TokenMissing,
         Self::TokenUnreadable,
         Self::TokenAmbiguous,
@@ -160,6 +166,9 @@ impl Reason {
         Self::HeaderTimeout,
         Self::BodyTimeout,
         Self::TooManyConnections,
+        Self::TooManyStreams,
+        Self::H2Violation,
+        Self::H2Flood,
         Self::Internal,
     ];
 
@@ -203,6 +212,9 @@ impl Reason {
             Self::HeaderTimeout => (408, "Request header timed out", "header-timeout", INVALID_ARGUMENT),
             Self::BodyTimeout => (408, "Request body timed out", "body-timeout", INVALID_ARGUMENT),
             Self::TooManyConnections => (503, "", "too-many-connections", UNAVAILABLE),
+            Self::TooManyStreams => (503, "", "too-many-streams", UNAVAILABLE),
+            Self::H2Violation => (400, "", "h2-violation", INVALID_ARGUMENT),
+            Self::H2Flood => (429, "", "h2-flood", RESOURCE_EXHAUSTED),
             Self::Internal => (500, "Internal failure", "internal", INTERNAL),
         };
         Reply {

@@ -512,8 +512,41 @@ async fn streams_beyond_the_limit_are_refused_one_by_one() {
         }
     }
     assert_eq!(refused, [201, 203, 205]);
+    assert_eq!(rig.metric("edge_refusals_total", &[("reason", "too-many-streams")]), 3.0);
     until("the others to reach the app", || app.requests.load(Ordering::SeqCst) == 100).await;
     assert_eq!(rig.h2().await.send(h2_request("GET", &vm.host, "/", &auth(&token), full(""))).await.status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_layer_of_h2_refuses_is_counted_and_logged() {
+    let (rig, _app, vm, token) = rig(|_| {}).await;
+    let header: Vec<u8> =
+        [(":method", "GET"), (":scheme", "https"), (":path", "/slow"), (":authority", vm.host.as_str()), ("x-aws-proxy-auth", &token)]
+            .iter()
+            .flat_map(|(name, value)| literal(name, value))
+            .collect();
+    let bad_length = [header.clone(), literal("content-length", "1x")].concat();
+    let resets: Vec<u8> = (0..300).flat_map(|number| [frame(1, 5, 2 * number + 1, &header), frame(3, 0, 2 * number + 1, &[0, 0, 0, 8])].concat()).collect();
+    for (what, bytes, word) in [
+        ("data of no stream", frame(0, 0, 0, b"x"), "h2-violation"),
+        ("a length that is none", frame(1, 5, 1, &bad_length), "h2-violation"),
+        ("a header that cannot be unpacked", frame(1, 5, 1, &[0xff; 20]), "h2-violation"),
+        ("a frame that is too large", frame(0, 0, 1, &[0; 20_000]), "h2-violation"),
+        ("streams that are reset as soon as they are there", resets, "h2-flood"),
+    ] {
+        let count = || rig.metric("edge_refusals_total", &[("reason", word)]);
+        let lines = || rig.log().iter().filter(|line| line["reason"] == word && line["status"].is_null() && line["protocol"] == "h2").count();
+        let (counted, logged) = (count(), lines());
+        let mut tls = rig.tls(&["h2"]).await;
+        // Whoever is cut off in the middle of this was refused as well.
+        let _ = tls.write_all(&[b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", &frame(4, 0, 0, &[])[..], &bytes].concat()).await;
+        until(what, || count() > counted && lines() > logged).await;
+    }
+    let text = std::fs::read_to_string(&rig.access_log).unwrap();
+    assert!(!text.contains(&token) && !text.contains("/slow"), "{text}");
+    // What is only wrong with a request is answered.
+    let answer = rig.h2().await.send(h2_request("GET", &vm.host, "/", &[("host", "a"), ("host", "b")], full(""))).await;
+    assert_eq!((answer.status, answer.reason()), (400, "malformed-request"));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -218,7 +218,9 @@ impl Recv {
             }
         }
 
-        if frame.is_over_size() {
+        // Dormouse: a server's user refuses it, by this mark in place of its fields (PATCHES.md).
+        let over_size = frame.is_over_size();
+        if over_size && !counts.peer().is_server() {
             // A frame is over size if the decoded header block was bigger than
             // SETTINGS_MAX_HEADER_LIST_SIZE.
             //
@@ -239,7 +241,14 @@ impl Recv {
         }
 
         let stream_id = frame.stream_id();
-        let (pseudo, fields) = frame.into_parts();
+        let (pseudo, mut fields) = frame.into_parts();
+        if over_size {
+            fields = http::HeaderMap::new();
+            fields.insert(
+                http::HeaderName::from_static("x-h2-over-size"),
+                http::HeaderValue::from_static("1"),
+            );
+        }
 
         if pseudo.protocol.is_some()
             && counts.peer().is_server()

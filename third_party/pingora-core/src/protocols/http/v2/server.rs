@@ -439,7 +439,7 @@ impl HttpSession {
         };
 
         let (request_header, request_body_reader) = req.into_parts();
-        let request_header: RequestHeader = request_header.into();
+        let mut request_header: RequestHeader = request_header.into();
 
         // Depending on how the request URI is parsed, control bytes
         // (including CR and LF) may be accepted in the `:path`
@@ -473,17 +473,10 @@ impl HttpSession {
 
         // RFC 9113 section 8.1.1 forbids forwarding a malformed request:
         // https://www.rfc-editor.org/rfc/rfc9113.html#section-8.1.1
+        // Dormouse: whoever serves the session refuses it, by this mark (PATCHES.md).
         if invalid_request_authority(&request_header) {
-            let mut response = Response::new(());
-            *response.status_mut() = StatusCode::BAD_REQUEST;
-            // An immediate PROTOCOL_ERROR reset would replace this observable 400 in h2. Dropping
-            // an unfinished request body can still reset the stream.
-            if let Err(e) = send_response.send_response(response, true) {
-                // A client reset before the write is stream-local; siblings survive.
-                debug!("failed to send downstream h2 authority rejection: {e}");
-            }
             account_malformed_stream(malformed_streams)?;
-            return Ok(Some(H2Accept::Rejected));
+            request_header.insert_header("x-h2-malformed", "1")?;
         }
 
         Ok(Some(H2Accept::Session(HttpSession {
