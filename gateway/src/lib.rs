@@ -10,7 +10,7 @@
 //! ```
 //!
 //! `service` says the order; `route`, `auth`, `ports`, `framing`, `headers`, `websocket` and `reply` are rules over plain
-//! HTTP types and know nothing of pingora, which lives in `service`, `exchange`, `connection`, `listener`, `tls` and
+//! HTTP types and know nothing of pingora, which lives in `service`, `exchange`, `connection`, `socket`, `listener`, `tls` and
 //! `upstream` only.
 //!
 //! pingora logs through `log`; its lines at error level speak of clients' mistakes and should be let through for its own
@@ -39,6 +39,7 @@ mod ports;
 mod reply;
 mod route;
 mod service;
+mod socket;
 mod tally;
 mod tickets;
 mod tls;

@@ -25,13 +25,14 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    connection::{GuardSettings, Guarded, Socket},
+    connection::{GuardSettings, Guarded},
     descriptors,
     drain::{Drain, MOMENT, Traffic},
     metrics::{DrainCut, Metrics, Open},
     neighbourhood::{Crowd, Member},
     reply::Reason,
     service::Service,
+    socket::Socket,
     tls::Tls,
 };
 

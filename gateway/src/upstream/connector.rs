@@ -27,7 +27,7 @@ use super::{
     transport::{self, Transports},
     turns::Turns,
 };
-use crate::{Limits, connection::Socket, reply::Reason};
+use crate::{Limits, reply::Reason, socket::Socket};
 
 /// Streams at a time on one HTTP/2 connection to an app; pingora's default is 1.
 const STREAMS: usize = 100;

@@ -512,7 +512,7 @@ async fn streams_beyond_the_limit_are_refused_one_by_one() {
         }
     }
     assert_eq!(refused, [201, 203, 205]);
-    assert_eq!(rig.metric("edge_refusals_total", &[("reason", "too-many-streams")]), 3.0);
+    until("the refusals to be counted", || rig.metric("edge_refusals_total", &[("reason", "too-many-streams")]) == 3.0).await;
     until("the others to reach the app", || app.requests.load(Ordering::SeqCst) == 100).await;
     assert_eq!(rig.h2().await.send(h2_request("GET", &vm.host, "/", &auth(&token), full(""))).await.status, 200);
 }
