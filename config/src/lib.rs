@@ -107,7 +107,7 @@ pub struct EdgeLimits {
     pub dial_deadline: Duration,
     /// How long a guest may take from the whole request header to the begin of its answer; `None`: for ever.
     pub first_byte_deadline: Option<Duration>,
-    /// How long a guest may take nothing of a request body over HTTP/2; `None`: for ever.
+    /// How long a guest that has not answered may take nothing of a request body; `None`: for ever.
     pub guest_body_deadline: Option<Duration>,
     /// How long a connection to a guest waits for its next request.
     pub upstream_keepalive: Duration,
@@ -305,7 +305,7 @@ impl Config {
                     max_held_bytes_per_microvm: s.count("max_held_bytes_per_microvm", 64 << 20, 1 << 16..=1 << 40, "The same for the requests of one microVM. A quarter of all, so that one microVM that wakes slowly does not keep the others from waking.") as u64,
                     dial_deadline: s.seconds("dial_deadline_secs", 10, 1..=600, "How long a guest may take to accept a connection to a port (502). It takes a guest under load milliseconds; this leaves room for one that swaps."),
                     first_byte_deadline: s.optional_count("first_byte_deadline_secs", 0, 0..=86_400, "How long a guest may take from the whole request header to the begin of its answer (504). 0: for ever, as a request that computes for long is a feature.").map(|secs| Duration::from_secs(secs as u64)),
-                    guest_body_deadline: s.optional_count("guest_body_deadline_secs", 300, 0..=86_400, "How long a guest that speaks HTTP/2 may take nothing of a request body (504, and the stream is reset; its connection goes on). Longer than write_deadline_secs: an app may compute between two messages. 0: for ever.").map(|secs| Duration::from_secs(secs as u64)),
+                    guest_body_deadline: s.optional_count("guest_body_deadline_secs", 300, 0..=86_400, "How long a guest that has not answered may take nothing of a request body (504; over HTTP/2 the stream is reset and its connection goes on, over HTTP/1.1 the connection ends). Longer than write_deadline_secs: an app may compute between two messages. 0: for ever.").map(|secs| Duration::from_secs(secs as u64)),
                     upstream_keepalive: s.seconds("upstream_keepalive_secs", 1, 1..=3_600, "How long a connection to a guest waits for its next request. Shorter than common servers wait (gunicorn 2 s, Node.js and uvicorn 5 s): a request that meets the app's close on its way costs a second try, and where the app may have seen it a 502, because then it is not sent again. Also below AWS's least maxIdleDurationSeconds (60), so that idle connections are gone before their microVM falls asleep."),
                     max_header_bytes: s.count("max_header_bytes", 24 << 10, 10 << 10..=1 << 20, "Bytes of a request header (431). A token has up to 8,000 characters; the rest is room for cookies."),
                     max_header_fields: s.count("max_header_fields", 100, 16..=256, "Fields of a request header (431). Browsers send about 20, proxies add about 10."),

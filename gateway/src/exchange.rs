@@ -5,11 +5,12 @@
 //! How HTTP/1.1 is read, framed and written stays with pingora's sessions, and the rules are the same calls of `service` as
 //! on that way, which is still taken for HTTP/2 towards the app and for WebSockets.
 //!
-//! Owns: the order of reading and writing between the two sessions, and which connection to the app is used. Never sends a
+//! Owns: the order of reading and writing between the two sessions, and which connection to the app is used. An app that takes
+//! nothing more is read all the same: it may have answered, or read on only when its answer is taken. Never sends a
 //! request to an app that may have seen it: what fails before anything was sent is tried again, and so is what was sent on a
 //! connection that its app had closed by then, which the guest's agent vouches for (`Use::is_untouched`). Nothing else is.
 
-use std::future::poll_fn;
+use std::{future::poll_fn, io, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{HeaderName, Method, StatusCode, Version, header};
@@ -32,7 +33,7 @@ use crate::{
     service::{Service, client_left},
     upstream::{
         connector::{DialFailure, Woken},
-        links::Speaks,
+        links::{Link, Speaks},
         pool::Connection,
         transport::Transport,
     },
@@ -43,6 +44,11 @@ type Result<T, E = Box<Error>> = std::result::Result<T, E>;
 /// The most of a body that is kept until the app begins to answer, to be said again. A connection that its app has closed is found
 /// out within a round trip to the guest, in which few clients send more.
 const KEPT: usize = 64 * 1024;
+
+/// How long an app that has answered may take nothing more of a request's body. Then the body is given up, and the connection with it.
+const AFTER_ITS_ANSWER: Duration = Duration::from_secs(2);
+/// From then on it is looked whether the client of an upload that stands still is there at all.
+const STANDS_STILL: Duration = Duration::from_secs(1);
 
 /// What the app was sent of the body, as long as it may have to be said again.
 struct Passed {
@@ -86,6 +92,36 @@ enum Event {
     Answer(Result<HttpTask>),
     /// Of the client: more of its body, the body's end, or its leaving.
     Body(Result<Option<Bytes>>),
+    /// The app has taken what there is of the body, or will not.
+    Taken(Taken),
+}
+
+/// How the wait for an app to take more of a body ended.
+enum Taken {
+    Some,
+    Broken(io::Error),
+    ClientLeft,
+    TooLate,
+}
+
+/// Waits until the app has taken more.
+async fn taken(link: &Arc<Link>, session: &mut Session, deadline: Option<Duration>) -> Taken {
+    let taken = poll_fn(|cx| link.poll_taken(cx));
+    tokio::pin!(taken);
+    let said = |result: io::Result<()>| result.map_or_else(Taken::Broken, |()| Taken::Some);
+    // Both arms may be dropped at any await.
+    tokio::select! {
+        biased;
+        result = &mut taken => return said(result),
+        () = tokio::time::sleep(deadline.unwrap_or(STANDS_STILL).min(STANDS_STILL)) => {}
+    }
+    let rest = deadline.map(|deadline| deadline.saturating_sub(STANDS_STILL));
+    tokio::select! {
+        biased;
+        result = taken => said(result),
+        () = client_left(session) => Taken::ClientLeft,
+        () = tokio::time::sleep(rest.unwrap_or_default()), if rest.is_some() => Taken::TooLate,
+    }
 }
 
 impl Service {
@@ -108,7 +144,7 @@ impl Service {
             ctx.bytes_in = passed.bytes as u64;
             let mut app = AppSession::new(stream);
             app.set_preserve_case(!session.is_http2());
-            match self.converse(session, &mut app, ctx, &mut passed).await {
+            match self.converse(session, &mut app, &link, ctx, &mut passed).await {
                 Ok(reusable) => break (app, link, reusable),
                 Err(error) if passed.whole && self.is_unseen(ctx, &error).await => {
                     ctx.retries = ctx.retries.saturating_add(1);
@@ -184,7 +220,14 @@ impl Service {
     }
 
     /// Carries both bodies until both are over. Whether the connection to the app may serve another request.
-    async fn converse(&self, session: &mut Session, app: &mut AppSession, ctx: &mut Context, passed: &mut Passed) -> Result<bool> {
+    async fn converse(
+        &self,
+        session: &mut Session,
+        app: &mut AppSession,
+        link: &Arc<Link>,
+        ctx: &mut Context,
+        passed: &mut Passed,
+    ) -> Result<bool> {
         let bodyless = session.as_downstream_mut().is_body_empty();
         let request = session.req_header();
         let Ok((wire, framing)) = request_for_app(request, bodyless, &ctx.request_id) else {
@@ -198,10 +241,22 @@ impl Service {
             app.finish_body().await.map_err(Error::into_up)?;
         }
         let mut next = (bodyless && !passed.over).then_some(Event::Body(Ok(None)));
-        let (mut asked, mut answered, mut reusable, mut unsent) = (passed.over, false, true, None);
+        let (mut asked, mut heard, mut answered, mut reusable, mut unsent) = (passed.over, false, false, true, None);
         while !asked || !answered {
             let event = match next.take() {
                 Some(event) => event,
+                // What the app has not taken comes before more of it; that it does not take it does not keep its answer from being read.
+                None if link.is_full() => {
+                    let deadline = match (heard, answered) {
+                        (false, _) => self.limits.load().guest_body_deadline,
+                        (true, false) => None,
+                        (true, true) => Some(AFTER_ITS_ANSWER),
+                    };
+                    tokio::select! {
+                        task = app.read_response_task(), if !answered => Event::Answer(task),
+                        taken = taken(link, session, deadline) => Event::Taken(taken),
+                    }
+                }
                 None => {
                     let client = session.as_downstream_mut();
                     let client = async {
@@ -227,6 +282,7 @@ impl Service {
             };
             match event {
                 Event::Answer(Ok(task)) => {
+                    heard |= !matches!(&task, HttpTask::Header(answer, _) if answer.status.is_informational());
                     answered = task.is_end();
                     passed.forget();
                     self.pass_answer(session, task, ctx).await?;
@@ -240,8 +296,17 @@ impl Service {
                     // The app takes no more of the request. It may have said why: its answer is still passed on.
                     Err(Unpassed::Untaken(error)) => (asked, reusable, unsent) = (true, false, Some(error)),
                 },
+                Event::Taken(Taken::Some) => {}
+                Event::Taken(Taken::Broken(error)) => {
+                    let error = Error::because(ErrorType::WriteError, "while writing body", error).into_up();
+                    (asked, reusable, unsent) = (true, false, Some(error));
+                }
+                Event::Taken(Taken::ClientLeft) => return Err(Self::gone(ctx)),
+                Event::Taken(Taken::TooLate) if answered => (asked, reusable) = (true, false),
+                Event::Taken(Taken::TooLate) => return Err(Self::fail(ctx, Reason::GuestTakesNothing)),
             }
         }
+        reusable &= !link.is_full();
         if session.as_downstream_mut().finish_body().await.is_err() {
             session.set_keepalive(None);
         }

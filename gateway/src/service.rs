@@ -422,7 +422,7 @@ impl Service {
     }
 
     /// There is nobody left to answer.
-    fn gone(ctx: &mut Context) -> Box<Error> {
+    pub(crate) fn gone(ctx: &mut Context) -> Box<Error> {
         ctx.client_left = true;
         Error::new_down(ErrorType::ConnectionClosed)
     }

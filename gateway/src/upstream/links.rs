@@ -100,6 +100,8 @@ struct State {
     writer: Option<Waker>,
     /// Whether there are bytes for the guest that it does not take.
     full: bool,
+    /// Of HTTP/1.1, those that pingora has written and the guest has not taken.
+    left: Vec<u8>,
     /// Counts the requests that have used it.
     uses: u64,
     /// Bytes that the guest stream had taken when the last of them began.
@@ -130,6 +132,37 @@ impl Link {
     /// Whether there are bytes for the guest that it does not take.
     pub fn is_full(&self) -> bool {
         self.state().full
+    }
+
+    /// Until the guest has taken something; [`Link::is_full`] says whether there is more. An error is said once.
+    pub fn poll_taken(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let mut state = self.state();
+        let state = &mut *state;
+        let Some((guest, _)) = &mut state.guest else {
+            (state.full, state.left) = (false, Vec::new());
+            return Poll::Ready(Err(cut()));
+        };
+        let taken = if state.left.is_empty() {
+            guest.as_mut().poll_flush(cx)
+        } else {
+            match guest.as_mut().poll_write(cx, &state.left) {
+                Poll::Ready(Ok(0)) => Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                Poll::Ready(Ok(written)) => {
+                    state.left.drain(..written);
+                    // It is still to be flushed.
+                    return Poll::Ready(Ok(()));
+                }
+                Poll::Ready(Err(error)) => Poll::Ready(Err(error)),
+                Poll::Pending => Poll::Pending,
+            }
+        };
+        state.full = taken.is_pending();
+        if taken.is_pending() {
+            keep(&mut state.writer, cx);
+        } else {
+            state.left = Vec::new();
+        }
+        taken
     }
 
     /// Takes it for one request; `None` if it has just been cut.
@@ -268,7 +301,7 @@ impl Links {
 
     /// Makes a guest stream one that pingora can keep. Dropping it closes the guest's end.
     pub fn tie(self: &Arc<Self>, target: Target, guest: GuestStream, asleep: Asleep) -> Tied {
-        let state = State { guest: Some((guest, self.count_open())), reader: None, writer: None, full: false, uses: 0, before: 0, in_use: 0, idle_since: None };
+        let state = State { guest: Some((guest, self.count_open())), reader: None, writer: None, full: false, left: Vec::new(), uses: 0, before: 0, in_use: 0, idle_since: None };
         let link = Arc::new(Link { target, asleep, state: Mutex::new(state), oversized: AtomicBool::new(false) });
         let number = self.number(&link);
         if self.ended.is_cancelled() {
@@ -375,6 +408,24 @@ impl Tied {
     }
 }
 
+impl Tied {
+    /// Of HTTP/1.1: takes all that is written, for [`Link::poll_taken`] to pass on, so that a guest which takes nothing does not
+    /// keep its own answer from being read. Whoever writes asks that first, and so keeps one piece of a body here at most.
+    fn poll_write_all(&self, cx: &mut Context<'_>, bufs: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        let written = if self.link.state().left.is_empty() { self.poll_write_side(cx, |guest, cx| guest.poll_write_vectored(cx, bufs)) } else { Poll::Pending };
+        if written.is_ready() {
+            return written;
+        }
+        let mut state = self.link.state();
+        bufs.iter().for_each(|buf| state.left.extend_from_slice(buf));
+        Poll::Ready(Ok(bufs.iter().map(|buf| buf.len()).sum()))
+    }
+
+    fn keeps_the_rest(&self) -> bool {
+        self.link.target.speaks == Speaks::Http1
+    }
+}
+
 impl AsyncRead for Tied {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let mut state = self.link.state();
@@ -391,15 +442,25 @@ impl AsyncRead for Tied {
 
 impl AsyncWrite for Tied {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        if self.keeps_the_rest() {
+            return self.poll_write_all(cx, &[io::IoSlice::new(buf)]);
+        }
         self.poll_write_side(cx, |guest, cx| guest.poll_write(cx, buf))
     }
 
     fn poll_write_vectored(self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        if self.keeps_the_rest() {
+            return self.poll_write_all(cx, bufs);
+        }
         self.poll_write_side(cx, |guest, cx| guest.poll_write_vectored(cx, bufs))
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.poll_write_side(cx, |guest, cx| guest.poll_flush(cx))
+        if self.keeps_the_rest() && self.link.is_full() {
+            return Poll::Ready(Ok(()));
+        }
+        let flushed = self.poll_write_side(cx, |guest, cx| guest.poll_flush(cx));
+        if self.keeps_the_rest() && flushed.is_pending() { Poll::Ready(Ok(())) } else { flushed }
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

@@ -179,3 +179,130 @@ async fn what_it_may_have_seen_or_is_not_at_hand_any_more_is_not() {
         assert_eq!(app.requests.load(Ordering::SeqCst), 1, "certain: {certain}");
     }
 }
+
+/// More than all buffers on the way hold together.
+const MUCH: usize = 32 << 20;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_app_that_answers_early_and_takes_no_more_is_heard() {
+    let rig = Rig::new().await;
+    let held = Arc::new(Semaphore::new(0));
+    let (holds, connections) = (held.clone(), Arc::new(AtomicUsize::new(0)));
+    let counted = connections.clone();
+    let address = scripted(move |mut tcp| {
+        let (holds, counted) = (holds.clone(), counted.clone());
+        async move {
+            counted.fetch_add(1, Ordering::SeqCst);
+            if read_header(&mut tcp).await.starts_with("GET") {
+                let _ = tcp.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").await;
+            } else {
+                let _ = tcp.write_all(b"HTTP/1.1 413 Too Much\r\ncontent-length: 8\r\n\r\ntoo much").await;
+            }
+            // Neither read nor closed.
+            let _ = holds.acquire().await;
+        }
+    })
+    .await;
+    let vm = rig.microvm(address).await;
+    let token = rig.token(&vm, PortScope::All);
+    let auth = [("x-aws-proxy-auth", token.as_str())];
+    for _ in 0..2 {
+        let answer = rig.h1().await.send(request("POST", &vm.host, "/", &auth, full(vec![7; MUCH]))).await;
+        assert_eq!((answer.status, answer.text()), (413, "too much"));
+        let answer = rig.h2().await.send(h2_request("POST", &vm.host, "/", &auth, full(vec![7; MUCH]))).await;
+        assert_eq!((answer.status, answer.text()), (413, "too much"));
+    }
+    until("the requests to be over, and not only answered", || rig.log().len() == 4).await;
+    // What is left of such a body is no other request's.
+    let before = connections.load(Ordering::SeqCst);
+    assert_eq!(rig.h1().await.send(get(&vm.host, "/", &auth)).await.text(), "ok");
+    assert_eq!(connections.load(Ordering::SeqCst), before + 1);
+    held.close();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_app_that_answers_while_it_reads_is_read_while_it_is_written_to() {
+    let rig = Rig::new().await;
+    let address = scripted(|mut tcp| async move {
+        read_header(&mut tcp).await;
+        let _ = tcp.write_all(format!("HTTP/1.1 200 OK\r\ncontent-length: {MUCH}\r\n\r\n").as_bytes()).await;
+        let (mut left, mut piece) = (MUCH, vec![0; 1 << 20]);
+        while left > 0 {
+            // It does not read on before what it has read is written.
+            let read = tcp.read(&mut piece).await.unwrap();
+            tcp.write_all(&piece[..read]).await.unwrap();
+            left -= read;
+        }
+    })
+    .await;
+    let vm = rig.microvm(address).await;
+    let token = rig.token(&vm, PortScope::All);
+    let auth = [("x-aws-proxy-auth", token.as_str())];
+    let body: Vec<u8> = (0..MUCH).map(|place| (place % 251) as u8).collect();
+    let answer = rig.h1().await.send(request("POST", &vm.host, "/", &auth, full(body.clone()))).await;
+    assert!(answer.status == 200 && answer.body == body, "{} bytes of {MUCH} came back", answer.body.len());
+    let answer = rig.h2().await.send(h2_request("POST", &vm.host, "/", &auth, full(body.clone()))).await;
+    assert!(answer.status == 200 && answer.body == body, "{} bytes of {MUCH} came back", answer.body.len());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_app_that_takes_nothing_and_says_nothing_is_a_504() {
+    let rig = Rig::with(|limits| limits.guest_body_deadline = Some(std::time::Duration::from_millis(500))).await;
+    let held = Arc::new(Semaphore::new(0));
+    let holds = held.clone();
+    let address = scripted(move |mut tcp| {
+        let holds = holds.clone();
+        async move {
+            read_header(&mut tcp).await;
+            let _ = holds.acquire().await;
+        }
+    })
+    .await;
+    let vm = rig.microvm(address).await;
+    let token = rig.token(&vm, PortScope::All);
+    let auth = [("x-aws-proxy-auth", token.as_str())];
+    let answer = rig.h1().await.send(request("POST", &vm.host, "/", &auth, full(vec![7; MUCH]))).await;
+    assert_eq!((answer.status, answer.reason()), (504, "guest-takes-nothing"));
+    let answer = rig.h2().await.send(h2_request("POST", &vm.host, "/", &auth, full(vec![7; MUCH]))).await;
+    assert_eq!((answer.status, answer.reason()), (504, "guest-takes-nothing"));
+    held.close();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_leaves_an_upload_which_stands_still_is_missed() {
+    let rig = Rig::new().await;
+    let (held, began) = (Arc::new(Semaphore::new(0)), Arc::new(Semaphore::new(0)));
+    let (holds, begins) = (held.clone(), began.clone());
+    let address = scripted(move |mut tcp| {
+        let (holds, begins) = (holds.clone(), begins.clone());
+        async move {
+            read_header(&mut tcp).await;
+            begins.add_permits(1);
+            let _ = holds.acquire().await;
+        }
+    })
+    .await;
+    let vm = rig.microvm(address).await;
+    let token = rig.token(&vm, PortScope::All);
+    let auth = [("x-aws-proxy-auth", token.as_str())];
+    let missed = async |requests: usize| until("the end of the request", || rig.log().iter().filter(|line| line["status"].is_null()).count() == requests).await;
+    // One that breaks off: an end in order would wait behind what nobody takes.
+    let mut tls = rig.tls(&["http/1.1"]).await;
+    let header = format!("POST / HTTP/1.1\r\nhost: {}\r\nx-aws-proxy-auth: {token}\r\ncontent-length: {MUCH}\r\n\r\n", vm.host);
+    tls.write_all(header.as_bytes()).await.unwrap();
+    let stands_still = tokio::time::timeout(std::time::Duration::from_secs(1), tls.write_all(&vec![7; MUCH])).await;
+    assert!(stands_still.is_err(), "the app took it all");
+    tls.get_ref().0.set_zero_linger().unwrap();
+    drop(tls);
+    missed(1).await;
+
+    let mut h2 = rig.h2().await;
+    let mut leaving = Box::pin(h2.0.send_request(h2_request("POST", &vm.host, "/", &auth, full(vec![7; MUCH]))));
+    tokio::select! {
+        _ = &mut leaving => panic!("nobody answers"),
+        begun = began.acquire_many(2) => begun.unwrap().forget(),
+    }
+    drop(leaving);
+    missed(2).await;
+    held.close();
+}
