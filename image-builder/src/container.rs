@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     base::{BUILDAH, BaseError, SharedStore},
     build_log::{BuildLog, Tail},
-    dockerfile::{Dockerfile, ImageUse, Step},
+    dockerfile::{self, Dockerfile, ImageUse, Step},
     failure::{self, Stop},
     reference::Reference,
     sandbox::{self, Ended, Job, Network},
@@ -23,15 +23,20 @@ use crate::{
 
 /// Name of the result in the build's own store.
 pub(crate) const IMAGE: &str = "localhost/dormouse/build:1";
+/// How buildah's error begins if a step failed; the step follows, quoted.
+const AT_STEP: &str = "building at STEP \"";
 /// Lines of a failed step's output that go into the failure.
 const SHOWN_LINES: usize = 15;
-/// `$1` context, `$2` Dockerfile, `$3` the result, `$4` the Debian base, `$5…` names it stands in for. They are tagged at once:
-/// a second tag would begin again with the names that the shared store knows.
+/// `$1` context, `$2` Dockerfile, `$3` the result, `$4` a named context (`name=directory`) or nothing, `$5` the Debian base, `$6…` names
+/// it stands in for. They are tagged at once: a second tag would begin again with the names that the shared store knows.
+///
+/// Docker's format keeps what OCI's has no place for and later stages inherit: ONBUILD and SHELL.
 const BUILD: &str = r#"
-context=$1 dockerfile=$2 image=$3 base=$4
-shift 4
+context=$1 dockerfile=$2 image=$3 named=$4 base=$5
+shift 5
 [ $# = 0 ] || b tag "$base" "$@"
-b bud --isolation chroot --cap-drop CAP_NET_RAW --cap-drop CAP_NET_ADMIN --pull-never --no-cache --tag "$image" --file "$dockerfile" "$context"
+b bud --isolation chroot --cap-drop CAP_NET_RAW --cap-drop CAP_NET_ADMIN --pull-never --no-cache --format docker \
+    ${named:+--build-context "$named"} --tag "$image" --file "$dockerfile" "$context"
 "#;
 
 /// Where one build keeps its things. All of it goes when the build ends.
@@ -46,6 +51,9 @@ impl Workspace {
     }
     pub fn dockerfile(&self) -> PathBuf {
         self.dir.join("Dockerfile")
+    }
+    pub fn here_documents(&self) -> PathBuf {
+        self.dir.join("here-documents")
     }
     pub fn boot(&self) -> PathBuf {
         self.dir.join("boot")
@@ -105,10 +113,15 @@ pub(crate) async fn build(build: &mut Build<'_>, dockerfile: &Dockerfile) -> Res
     let resolved = resolve(build, dockerfile).await?;
     build.deadline = Instant::now() + build.limit;
     let path = build.workspace.dockerfile();
-    std::fs::write(&path, &dockerfile.text).map_err(|error| failure::internal(format!("writing {} failed: {error}", path.display())))?;
+    write(&path, &dockerfile.text)?;
+    let documents = build.workspace.here_documents();
+    for (name, text) in &dockerfile.files {
+        write(&documents.join(name), text)?;
+    }
+    let named = if dockerfile.files.is_empty() { String::new() } else { format!("{}={}", dockerfile::FILES, documents.display()) };
     let context = build.workspace.context();
 
-    let mut args = sandbox::args([&context, &path, &IMAGE, &resolved.base]);
+    let mut args = sandbox::args([&context, &path, &IMAGE, &named, &resolved.base]);
     args.extend(resolved.aliases.into_iter().map(OsString::from));
     let mut seen = Seen::default();
     match build.run(BUILD, args, build.network.clone(), &mut |line| seen.line(line)).await? {
@@ -119,6 +132,12 @@ pub(crate) async fn build(build: &mut Build<'_>, dockerfile: &Dockerfile) -> Res
         }
         ended => Err(seen.failure(dockerfile, ended, &context)),
     }
+}
+
+/// Writes a file, and the directory that it lies in.
+fn write(path: &Path, text: &str) -> Result<(), Stop> {
+    let written = path.parent().map_or(Ok(()), std::fs::create_dir_all).and_then(|()| std::fs::write(path, text));
+    written.map_err(|error| failure::internal(format!("writing {} failed: {error}", path.display())))
 }
 
 struct Resolved {
@@ -171,7 +190,9 @@ async fn pull(build: &mut Build<'_>, image: &ImageUse, reference: &Reference, he
         Err(error) => return Err(error.into()),
     };
     let mut here: Vec<&str> = held.iter().map(String::as_str).filter(|name| !name.starts_with("localhost/dormouse/")).collect();
-    here.push("and, as its Debian 12 base, public.ecr.aws/lambda/microvms:*, amazonlinux:*, debian:12 and python:3.11");
+    let and = if here.is_empty() { "" } else { "and, " };
+    let stand_ins = format!("{and}as its Debian 12 base, public.ecr.aws/lambda/microvms:*, amazonlinux:*, debian:12 and python:3.11");
+    here.push(&stand_ins);
     Err(failure::container_build(format!(
         "Dockerfile line {}: the image {} is not held by this node and could not be pulled ({why}). This node holds: {}",
         image.line,
@@ -201,8 +222,13 @@ impl Seen {
         if let Some(at) = parse_step(line) {
             self.at = Some(at);
             self.output.clear();
+            self.error = None;
         } else if let Some(error) = line.strip_prefix("Error: ") {
             self.error = Some(error.to_owned());
+        } else if let Some(error) = self.error.as_mut().filter(|error| error.starts_with(AT_STEP)) {
+            // The last that buildah says, and it quotes the step with all its lines.
+            error.push('\n');
+            error.push_str(line);
         } else if !is_noise(line) {
             self.output.push(line);
         }
@@ -219,7 +245,9 @@ impl Seen {
         let cause = self.cause(error, ended).replace(&*context.to_string_lossy(), "the archive");
         let shown = self.output.last(SHOWN_LINES);
         let output = if shown.is_empty() { String::new() } else { format!("; the last lines of its output:\n{shown}") };
-        let message = match self.step(dockerfile) {
+        let unread = unresolved(error);
+        let cause = unread.map_or(cause, |(_, why)| format!(": {why}"));
+        let message = match unread.and_then(|(line, _)| dockerfile.step_on(line)).or_else(|| self.step(dockerfile)) {
             Some(step) => format!("{} failed{cause}{output}", place(step)),
             None => format!("the container build failed{cause}{output}"),
         };
@@ -236,8 +264,10 @@ impl Seen {
     /// ` with exit status 1`, or `: <what buildah says>`.
     fn cause(&self, error: &str, ended: Ended) -> String {
         let text = self.at.as_ref().map(|(.., text)| text.as_str()).unwrap_or_default();
-        let cause = match error.strip_prefix("building at STEP ") {
-            Some(quoted) => quoted.strip_prefix(&format!("\"{text}\": ")).or_else(|| quoted.split_once("\": ").map(|(_, cause)| cause)).unwrap_or(quoted),
+        let cause = match error.strip_prefix(AT_STEP) {
+            // A script may quote anything, but this is how it ended.
+            Some(quoted) if quoted.contains("\": exit status ") => &quoted[quoted.rfind("exit status ").unwrap_or_default()..],
+            Some(quoted) => quoted.strip_prefix(&format!("{text}\": ")).or_else(|| quoted.split_once("\": ").map(|(_, cause)| cause)).unwrap_or(quoted),
             None => error,
         };
         match (cause, ended) {
@@ -246,6 +276,13 @@ impl Seen {
             (cause, _) => format!(": {cause}"),
         }
     }
+}
+
+/// Of an instruction that buildah cannot read it says `resolving step {… StartLine:3 EndLine:3}: why`, while the step before it is
+/// the last that it has named.
+fn unresolved(error: &str) -> Option<(usize, &str)> {
+    let (line, rest) = error.strip_prefix("resolving step {")?.rsplit_once(" StartLine:")?.1.split_once(" EndLine:")?;
+    Some((line.parse().ok()?, rest.split_once("}: ")?.1))
 }
 
 /// Lines of buildah about what the failing command's output and the error line say better.

@@ -32,7 +32,9 @@ def zip_of(*directories, **files):
                 if path.is_file() and "__pycache__" not in path.parts:
                     archive.write(path, path.relative_to(directory))
         for name, data in files.items():
-            archive.writestr(name, data)
+            entry = zipfile.ZipInfo(name)
+            entry.external_attr = 0o100644 << 16
+            archive.writestr(entry, data, zipfile.ZIP_DEFLATED)
     return buffer.getvalue()
 
 

@@ -49,6 +49,22 @@ fn a_missing_file_is_told_without_our_paths() {
 }
 
 #[test]
+fn a_failing_script_of_several_lines_is_not_quoted_again() {
+    let output = ["STEP 1/2: FROM base", "STEP 2/2: RUN [\"/bin/sh\",\"-c\",\"x\"]", "Error: the program's own", "said", "subprocess exited with status 3"];
+    let error = ["Error: building at STEP \"RUN /bin/sh -c echo \"a\": exit status 1", "EOF", "\": exit status 3"];
+    let failure = failure("FROM base\nRUN cat <<EOF && exit 3\nEOF\n", &[&output[..], &error[..]].concat(), 3);
+    assert_eq!(failure.message, "Dockerfile line 2 (RUN cat <<EOF && exit 3) failed with exit status 3; the last lines of its output:\nsaid");
+}
+
+#[test]
+fn an_instruction_that_cannot_be_read_is_named_instead_of_the_one_before_it() {
+    let error = "Error: resolving step {Value:env Next:0xc000286230 Children:[] Attributes:map[] Original:ENV Y=${X:?needed} Flags:[] StartLine:4 EndLine:4}: \
+                 Unsupported modifier (?) in substitution: ${X:?needed}";
+    let failure = failure("FROM base\nARG X\n\nENV Y=${X:?needed}\n", &["STEP 1/3: FROM base", "STEP 2/3: ARG X", error], 125);
+    assert_eq!(failure.message, "Dockerfile line 4 (ENV Y=${X:?needed}) failed: Unsupported modifier (?) in substitution: ${X:?needed}");
+}
+
+#[test]
 fn a_full_disk_has_its_own_code() {
     let output = ["STEP 1/2: FROM base", "STEP 2/2: RUN x", "dd: error writing 'x': No space left on device", "Error: building at STEP \"RUN x\": exit status 1"];
     assert_eq!(failure("FROM base\nRUN x\n", &output, 1).code, "DISK_STORAGE_FULL");
