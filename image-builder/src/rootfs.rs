@@ -20,7 +20,8 @@ use crate::{
 /// `$1` image, `$2` directory for the answers, `$3` disk, `$4` its size for mkfs.
 ///
 /// The root is only mounted in the sandbox. What is in it is not trusted: nothing follows its links. The guest needs the mount
-/// points that an image `FROM scratch` lacks. With `assume_storage_prezeroed` the guest's kernel does not spend its
+/// points that an image `FROM scratch` lacks, and an app its VOLUMEs, which a container runtime would make: buildah does that here
+/// in the root itself, as its COPY does. With `assume_storage_prezeroed` the guest's kernel does not spend its
 /// first minutes writing zeros into a file of zeros; e2fsprogs before 1.47 does not know it.
 const EXPORT: &str = r#"
 image=$1 out=$2 disk=$3 size=$4
@@ -30,6 +31,11 @@ root=$(b mount "$container")
 for dir in dev etc proc run sys tmp; do
     if [ ! -e "$root/$dir" ] && [ ! -L "$root/$dir" ]; then mkdir -m 755 "$root/$dir"; [ "$dir" != tmp ] || chmod 1777 "$root/tmp"; fi
 done
+mkdir "$out/empty"
+b inspect --type image --format '{{range $at, $_ := .OCIv1.Config.Volumes}}{{println $at}}{{end}}' "$image" >"$out/volumes"
+while IFS= read -r at; do
+    [ -z "$at" ] || [ -e "$root/$at" ] || [ -L "$root/$at" ] || b copy --quiet "$container" "$out/empty" "$at"
+done <"$out/volumes"
 if [ ! -L "$root/etc" ] && [ ! -L "$root/etc/passwd" ] && [ -f "$root/etc/passwd" ]; then head -c 1048576 "$root/etc/passwd" >"$out/passwd"; fi
 options=assume_storage_prezeroed=1
 mkfs.ext4 -q -n -F -E "$options" "$disk" "$size" >/dev/null 2>&1 || options=lazy_itable_init=1
