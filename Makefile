@@ -25,7 +25,7 @@ build: setup ## Build the node, the VMM and the guest agent (release).
 	@cargo build --release --locked -p dormouse
 	@install -m 0755 "$(CARGO_TARGET_DIR)/$(MUSL)/release/"{guest-agent,dormouse-vmm} "$(CARGO_TARGET_DIR)/release/"
 
-build-guided: build ## Build the node once more, guided by a profile of its edge: less CPU per request, three times the wait.
+build-guided: build ## Build the node once more, guided by a profile of its edge (load-tests/README.md): three times the wait.
 	@scripts/build-guided
 
 base: build ## Make the base image that Dockerfiles start from (once, about two minutes).
