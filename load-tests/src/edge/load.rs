@@ -50,6 +50,11 @@ impl Load {
         !matches!(self.by, By::Wrk { connections: 1, .. } | By::H2load { latency: true, .. })
     }
 
+    /// Whether its connections carry more than one request; the instructions of others are not counted.
+    pub fn keeps_connections(&self) -> bool {
+        !matches!(self.by, By::Wrk { keep_alive: false, .. })
+    }
+
     /// Loads for so many seconds. Every answer must be a 200.
     pub fn run(&self, subject: &Subject, seconds: u64) -> Result<Outcome> {
         match self.by {

@@ -94,7 +94,7 @@ fn main() -> Result<()> {
     let loads = arguments.loads.iter().filter(|name| *name != "idle").map(|name| Load::named(name)).collect::<Result<Vec<_>>>()?;
     if let Some(requests) = arguments.instructions {
         for kind in &subjects {
-            for load in loads.iter().filter(|load| load.is_throughput()) {
+            for load in loads.iter().filter(|load| load.is_throughput() && load.keeps_connections()) {
                 let subject = bench.start_under_callgrind(kind)?;
                 let counted = subject.instructions(&bench, load, requests)?;
                 report.add(kind.name(), load.name, "instructions", counted)?;
