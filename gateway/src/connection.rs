@@ -90,6 +90,17 @@ pub(crate) struct GuardSettings {
     pub log: AccessLog,
 }
 
+impl GuardSettings {
+    /// Counts and logs what was refused before it became a request. Returns the id that it has in the log.
+    fn refused(&self, client: &Socket, protocol: Protocol, status: Option<u16>, reason: Reason) -> String {
+        let request_id = uuid::Uuid::new_v4().to_string();
+        self.metrics.refusal(reason);
+        self.metrics.request(protocol, status);
+        self.log.say(&Entry { protocol, status, ..Entry::unparsed(&request_id, client.peer(), reason) });
+        request_id
+    }
+}
+
 /// A stream that can be polled through a shared reference too. The lock is taken there only, and never contended: a
 /// connection has one task.
 struct Shared<S>(Mutex<S>);
@@ -314,12 +325,7 @@ impl Guarded {
     /// Counts and logs what the HTTP/2 layer refuses by these bytes.
     fn look_at(&mut self, bytes: &[u8]) {
         let Self { outgoing: Some(outgoing), settings, socket, .. } = self else { return };
-        outgoing.pass(bytes, |reason| {
-            let request_id = uuid::Uuid::new_v4().to_string();
-            settings.metrics.refusal(reason);
-            settings.metrics.request(Protocol::Http2, None);
-            settings.log.say(&Entry { protocol: Protocol::Http2, status: None, ..Entry::unparsed(&request_id, socket.peer(), reason) });
-        });
+        outgoing.pass(bytes, |reason| drop(settings.refused(socket, Protocol::Http2, None, reason)));
     }
 
     fn refused_in(&self, turn: u32) -> Option<Reason> {
@@ -476,13 +482,10 @@ impl Guarded {
     /// to give.
     fn farewell(&self) -> Vec<u8> {
         let Some(reason) = self.refused_in(self.turn.load(Ordering::Relaxed)) else { return Vec::new() };
-        let request_id = uuid::Uuid::new_v4().to_string();
         let reply = reason.reply();
-        self.settings.metrics.refusal(reason);
         let multiplexed = self.header_turn().is_none();
         let (protocol, status) = if multiplexed { (Protocol::Http2, None) } else { (Protocol::Http1, Some(reply.status.as_u16())) };
-        self.settings.metrics.request(protocol, status);
-        self.settings.log.say(&Entry { protocol, status, ..Entry::unparsed(&request_id, self.socket.peer(), reason) });
+        let request_id = self.settings.refused(&self.socket, protocol, status, reason);
         if !multiplexed {
             return reply.wire(&request_id);
         }

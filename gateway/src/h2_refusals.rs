@@ -3,10 +3,8 @@
 //! Owns: which of the frames that go out to a client say so (RFC 9113 §§6.4, 6.8, 7), as a [`Reason`]. Counts and logs nothing, and keeps
 //! nothing of a frame but its first bytes.
 
-use crate::reply::Reason;
+use crate::{h2_frames::Frames, reply::Reason};
 
-/// A frame's header.
-const FRAME_HEADER: usize = 9;
 /// What is looked at of a payload: of GOAWAY the last stream and the error code, of RST_STREAM the error code.
 const LOOKED_AT: usize = 8;
 const RST_STREAM: u8 = 0x3;
@@ -24,61 +22,37 @@ const ENHANCE_YOUR_CALM: u32 = 0xb;
 /// Follows the frames to a client.
 #[derive(Debug, Default)]
 pub(crate) struct Outgoing {
-    header: [u8; FRAME_HEADER],
-    /// Bytes of the header that have passed.
-    passed: usize,
-    /// Bytes of the payload that are still to come; only meaningful while `passed` is zero.
-    left: usize,
+    frames: Frames,
     payload: [u8; LOOKED_AT],
     looked_at: usize,
 }
 
 impl Outgoing {
     /// These bytes went out; `refused` is told of every refusal that is whole with them.
-    pub fn pass(&mut self, mut bytes: &[u8], mut refused: impl FnMut(Reason)) {
-        while !bytes.is_empty() {
-            let taken = if self.left > 0 {
-                let taken = self.left.min(bytes.len());
-                if matches!(self.header[3], RST_STREAM | GOAWAY) {
-                    let kept = taken.min(LOOKED_AT - self.looked_at);
-                    self.payload[self.looked_at..self.looked_at + kept].copy_from_slice(&bytes[..kept]);
-                    self.looked_at += kept;
-                }
-                self.left -= taken;
-                if self.left == 0
-                    && let Some(reason) = self.refusal()
-                {
-                    refused(reason);
-                }
-                taken
-            } else {
-                let taken = (FRAME_HEADER - self.passed).min(bytes.len());
-                self.header[self.passed..self.passed + taken].copy_from_slice(&bytes[..taken]);
-                self.passed += taken;
-                if self.passed == FRAME_HEADER {
-                    let [high, middle, low, ..] = self.header;
-                    (self.passed, self.left, self.looked_at) = (0, usize::from(high) << 16 | usize::from(middle) << 8 | usize::from(low), 0);
-                }
-                taken
-            };
-            bytes = &bytes[taken..];
-        }
+    pub fn pass(&mut self, bytes: &[u8], mut refused: impl FnMut(Reason)) {
+        let Self { frames, payload, looked_at } = self;
+        frames.pass(bytes, |kind, piece, ends| {
+            if !matches!(kind, RST_STREAM | GOAWAY) {
+                return;
+            }
+            let kept = piece.len().min(LOOKED_AT - *looked_at);
+            payload[*looked_at..*looked_at + kept].copy_from_slice(&piece[..kept]);
+            *looked_at += kept;
+            if ends {
+                refusal(kind, &payload[..std::mem::take(looked_at)]).into_iter().for_each(&mut refused);
+            }
+        });
     }
+}
 
-    /// Of a frame that is whole. What ends streams and connections in order, and what our own side gives up, is none.
-    fn refusal(&self) -> Option<Reason> {
-        let code = |at: usize| self.payload.get(at..at + 4).filter(|_| self.looked_at >= at + 4).and_then(|code| code.try_into().ok()).map(u32::from_be_bytes);
-        let code = match self.header[3] {
-            RST_STREAM => code(0),
-            GOAWAY => code(4),
-            _ => None,
-        };
-        match code? {
-            REFUSED_STREAM => Some(Reason::TooManyStreams),
-            ENHANCE_YOUR_CALM => Some(Reason::H2Flood),
-            PROTOCOL_ERROR | FLOW_CONTROL_ERROR | SETTINGS_TIMEOUT | STREAM_CLOSED | FRAME_SIZE_ERROR | COMPRESSION_ERROR => Some(Reason::H2Violation),
-            _ => None,
-        }
+/// Of a frame that is whole. What ends streams and connections in order, and what our own side gives up, is none.
+fn refusal(kind: u8, payload: &[u8]) -> Option<Reason> {
+    let code = if kind == GOAWAY { payload.get(4..8) } else { payload.get(..4) };
+    match u32::from_be_bytes(code?.try_into().ok()?) {
+        REFUSED_STREAM => Some(Reason::TooManyStreams),
+        ENHANCE_YOUR_CALM => Some(Reason::H2Flood),
+        PROTOCOL_ERROR | FLOW_CONTROL_ERROR | SETTINGS_TIMEOUT | STREAM_CLOSED | FRAME_SIZE_ERROR | COMPRESSION_ERROR => Some(Reason::H2Violation),
+        _ => None,
     }
 }
 

@@ -27,6 +27,7 @@ mod drain;
 mod error;
 mod exchange;
 mod framing;
+mod h2_frames;
 mod h2_refusals;
 mod headers;
 mod held;

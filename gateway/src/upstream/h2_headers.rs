@@ -13,8 +13,8 @@ use std::{
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use vmm_runtime::engine::{ByteStream, GuestStream};
 
-/// A frame's header (RFC 9113 §4.1).
-const FRAME_HEADER: usize = 9;
+use crate::h2_frames::{FRAME_HEADER, payload_length};
+
 const HEADERS: u8 = 0x1;
 const PUSH_PROMISE: u8 = 0x5;
 const CONTINUATION: u8 = 0x9;
@@ -180,8 +180,8 @@ impl Scanner {
     }
 
     fn begin_payload(&mut self) {
-        let [high, middle, low, kind, flags, ..] = self.frame;
-        self.left = usize::from(high) << 16 | usize::from(middle) << 8 | usize::from(low);
+        let [_, _, _, kind, flags, ..] = self.frame;
+        self.left = payload_length(&self.frame);
         self.padding = 0;
         let prefix = match kind {
             HEADERS if flags & PRIORITY != 0 => 5,

@@ -406,9 +406,7 @@ impl Tied {
         }
         written
     }
-}
 
-impl Tied {
     /// Of HTTP/1.1: takes all that is written, for [`Link::poll_taken`] to pass on, so that a guest which takes nothing does not
     /// keep its own answer from being read. Whoever writes asks that first, and so keeps one piece of a body here at most.
     fn poll_write_all(&self, cx: &mut Context<'_>, bufs: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {

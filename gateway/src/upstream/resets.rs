@@ -3,7 +3,7 @@
 //! A client that cancels a gRPC call makes pingora reset the call's stream, and a byte for a sleeper wakes it. For an app that
 //! sleeps, a reset is worth nothing: it is kept until something else is said to it, or until the app itself speaks.
 //!
-//! Owns: the frames of one direction as far as their ends (RFC 9113 §4.1), and the resets (§6.4) that are kept. Never keeps
+//! Owns: the resets (RFC 9113 §6.4) that are kept. Never keeps
 //! anything else: a window update, an answer to a ping or to settings may be what an app waits for.
 
 use std::{
@@ -16,9 +16,8 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use vmm_runtime::engine::{ByteStream, GuestStream};
 
 use super::links::Asleep;
+use crate::h2_frames::{FRAME_HEADER, Frames};
 
-/// A frame's header.
-const FRAME_HEADER: usize = 9;
 /// What every connection begins with before its first frame (RFC 9113 §3.4).
 const PREFACE_LENGTH: usize = 24;
 const RST_STREAM: u8 = 0x3;
@@ -40,7 +39,7 @@ pub(crate) struct Resets {
 impl Resets {
     /// Before anything was written to the guest.
     pub fn new(guest: GuestStream, asleep: Asleep) -> Self {
-        Self { guest, asleep, frames: Frames { left: PREFACE_LENGTH, ..Frames::default() }, kept: Vec::new(), sent: 0 }
+        Self { guest, asleep, frames: Frames::behind(PREFACE_LENGTH), kept: Vec::new(), sent: 0 }
     }
 
     /// Whether all of this is resets that a sleeper need not hear of.
@@ -86,7 +85,7 @@ impl AsyncWrite for Resets {
             ready!(self.poll_kept(cx))?;
         }
         let written = ready!(self.guest.as_mut().poll_write(cx, bytes))?;
-        self.frames.pass(&bytes[..written]);
+        self.frames.pass(&bytes[..written], |_, _, _| {});
         Poll::Ready(Ok(written))
     }
 
@@ -101,42 +100,6 @@ impl AsyncWrite for Resets {
 
 fn is_reset(frame: &[u8]) -> bool {
     frame.len() == RESET && frame[..4] == [0, 0, 4, RST_STREAM]
-}
-
-/// Follows frames.
-#[derive(Debug, Default)]
-struct Frames {
-    header: [u8; FRAME_HEADER],
-    /// Bytes of the header that have passed.
-    passed: usize,
-    /// Bytes of the payload, or of the preface, that are still to come; only meaningful while `passed` is zero.
-    left: usize,
-}
-
-impl Frames {
-    fn at_boundary(&self) -> bool {
-        self.passed == 0 && self.left == 0
-    }
-
-    fn pass(&mut self, mut bytes: &[u8]) {
-        while !bytes.is_empty() {
-            let taken = if self.left > 0 {
-                let taken = self.left.min(bytes.len());
-                self.left -= taken;
-                taken
-            } else {
-                let taken = (FRAME_HEADER - self.passed).min(bytes.len());
-                self.header[self.passed..self.passed + taken].copy_from_slice(&bytes[..taken]);
-                self.passed += taken;
-                if self.passed == FRAME_HEADER {
-                    let [high, middle, low, ..] = self.header;
-                    (self.passed, self.left) = (0, usize::from(high) << 16 | usize::from(middle) << 8 | usize::from(low));
-                }
-                taken
-            };
-            bytes = &bytes[taken..];
-        }
-    }
 }
 
 #[cfg(test)]

@@ -183,24 +183,29 @@ async fn what_it_may_have_seen_or_is_not_at_hand_any_more_is_not() {
 /// More than all buffers on the way hold together.
 const MUCH: usize = 32 << 20;
 
+/// An app that says what it has to say to a header, and then neither reads nor closes. Has a permit for each header that it has read.
+async fn takes_no_body(says: fn(&str) -> &'static str) -> (std::net::SocketAddr, Arc<Semaphore>) {
+    let heard = Arc::new(Semaphore::new(0));
+    let hears = heard.clone();
+    let address = scripted(move |mut tcp| {
+        let hears = hears.clone();
+        async move {
+            let header = read_header(&mut tcp).await;
+            hears.add_permits(1);
+            let _ = tcp.write_all(says(&header).as_bytes()).await;
+            std::future::pending().await
+        }
+    })
+    .await;
+    (address, heard)
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_app_that_answers_early_and_takes_no_more_is_heard() {
     let rig = Rig::new().await;
-    let held = Arc::new(Semaphore::new(0));
-    let (holds, connections) = (held.clone(), Arc::new(AtomicUsize::new(0)));
-    let counted = connections.clone();
-    let address = scripted(move |mut tcp| {
-        let (holds, counted) = (holds.clone(), counted.clone());
-        async move {
-            counted.fetch_add(1, Ordering::SeqCst);
-            if read_header(&mut tcp).await.starts_with("GET") {
-                let _ = tcp.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").await;
-            } else {
-                let _ = tcp.write_all(b"HTTP/1.1 413 Too Much\r\ncontent-length: 8\r\n\r\ntoo much").await;
-            }
-            // Neither read nor closed.
-            let _ = holds.acquire().await;
-        }
+    let (address, heard) = takes_no_body(|header| match header.starts_with("GET") {
+        true => "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok",
+        false => "HTTP/1.1 413 Too Much\r\ncontent-length: 8\r\n\r\ntoo much",
     })
     .await;
     let vm = rig.microvm(address).await;
@@ -214,10 +219,9 @@ async fn an_app_that_answers_early_and_takes_no_more_is_heard() {
     }
     until("the requests to be over, and not only answered", || rig.log().len() == 4).await;
     // What is left of such a body is no other request's.
-    let before = connections.load(Ordering::SeqCst);
+    let before = heard.available_permits();
     assert_eq!(rig.h1().await.send(get(&vm.host, "/", &auth)).await.text(), "ok");
-    assert_eq!(connections.load(Ordering::SeqCst), before + 1);
-    held.close();
+    assert_eq!(heard.available_permits(), before + 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -248,16 +252,7 @@ async fn an_app_that_answers_while_it_reads_is_read_while_it_is_written_to() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_app_that_takes_nothing_and_says_nothing_is_a_504() {
     let rig = Rig::with(|limits| limits.guest_body_deadline = Some(std::time::Duration::from_millis(500))).await;
-    let held = Arc::new(Semaphore::new(0));
-    let holds = held.clone();
-    let address = scripted(move |mut tcp| {
-        let holds = holds.clone();
-        async move {
-            read_header(&mut tcp).await;
-            let _ = holds.acquire().await;
-        }
-    })
-    .await;
+    let (address, _heard) = takes_no_body(|_| "").await;
     let vm = rig.microvm(address).await;
     let token = rig.token(&vm, PortScope::All);
     let auth = [("x-aws-proxy-auth", token.as_str())];
@@ -265,23 +260,12 @@ async fn an_app_that_takes_nothing_and_says_nothing_is_a_504() {
     assert_eq!((answer.status, answer.reason()), (504, "guest-takes-nothing"));
     let answer = rig.h2().await.send(h2_request("POST", &vm.host, "/", &auth, full(vec![7; MUCH]))).await;
     assert_eq!((answer.status, answer.reason()), (504, "guest-takes-nothing"));
-    held.close();
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_leaves_an_upload_which_stands_still_is_missed() {
     let rig = Rig::new().await;
-    let (held, began) = (Arc::new(Semaphore::new(0)), Arc::new(Semaphore::new(0)));
-    let (holds, begins) = (held.clone(), began.clone());
-    let address = scripted(move |mut tcp| {
-        let (holds, begins) = (holds.clone(), begins.clone());
-        async move {
-            read_header(&mut tcp).await;
-            begins.add_permits(1);
-            let _ = holds.acquire().await;
-        }
-    })
-    .await;
+    let (address, heard) = takes_no_body(|_| "").await;
     let vm = rig.microvm(address).await;
     let token = rig.token(&vm, PortScope::All);
     let auth = [("x-aws-proxy-auth", token.as_str())];
@@ -300,9 +284,8 @@ async fn a_client_that_leaves_an_upload_which_stands_still_is_missed() {
     let mut leaving = Box::pin(h2.0.send_request(h2_request("POST", &vm.host, "/", &auth, full(vec![7; MUCH]))));
     tokio::select! {
         _ = &mut leaving => panic!("nobody answers"),
-        begun = began.acquire_many(2) => begun.unwrap().forget(),
+        begun = heard.acquire_many(2) => begun.unwrap().forget(),
     }
     drop(leaving);
     missed(2).await;
-    held.close();
 }
