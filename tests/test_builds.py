@@ -82,19 +82,15 @@ def test_what_the_operator_says_of_the_network_is_done(run_dir, network, word):
         assert any(line.startswith(f"{node.admin} plain {word}") for line in log), log
 
 
-GUEST = '''
-import http.server, json, os
-class App(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        total = int(open("/proc/meminfo").readline().split()[1]) // 1024
-        disk = os.statvfs("/")
-        body = json.dumps({"processors": os.cpu_count(), "memory_mib": total, "disk_gib": disk.f_blocks * disk.f_frsize / (1 << 30)}).encode()
-        self.send_response(200)
-        self.send_header("content-length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-http.server.ThreadingHTTPServer(("", 8080), App).serve_forever()
-'''
+GUEST = images.answering('''
+import json, os
+
+
+def answer(_path):
+    total = int(open("/proc/meminfo").readline().split()[1]) // 1024
+    disk = os.statvfs("/")
+    return json.dumps({"processors": os.cpu_count(), "memory_mib": total, "disk_gib": disk.f_blocks * disk.f_frsize / (1 << 30)}).encode()
+''')
 
 
 def check_size(node, memory_mib, processors, seen_mib, disk_gib):

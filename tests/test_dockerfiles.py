@@ -13,8 +13,8 @@ from harness.microvm import Microvm
 
 BASE = "public.ecr.aws/lambda/microvms:al2023-minimal"
 # Says what it is, or what a command says.
-APP = '''
-import http.server, json, os, subprocess, urllib.parse
+APP = images.answering('''
+import json, os, subprocess, urllib.parse
 
 
 def what_i_am():
@@ -24,22 +24,11 @@ def what_i_am():
     return user | {"command": command, "env": dict(os.environ), "cwd": os.getcwd(), "pid": os.getpid(), "root": sorted(os.listdir("/"))}
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        command = urllib.parse.unquote(self.path[1:])
-        said = subprocess.run(["sh", "-c", command], capture_output=True, text=True).stdout if command else what_i_am()
-        body = json.dumps(said).encode()
-        self.send_response(200)
-        self.send_header("content-length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
-
-
-http.server.ThreadingHTTPServer(("", 8080), Handler).serve_forever()
-'''
+def answer(path):
+    command = urllib.parse.unquote(path[1:])
+    said = subprocess.run(["sh", "-c", command], capture_output=True, text=True).stdout if command else what_i_am()
+    return json.dumps(said).encode()
+''')
 
 
 def tar(**files):

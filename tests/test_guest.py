@@ -21,8 +21,8 @@ from harness.waiting import eventually
 OPEN, CLOSED = "203.0.113.9", "203.0.113.10"
 # What an app reads of a connection that was reset, by what it is about to do: read, write, or say that it writes no more.
 CUT = (errno.ECONNRESET, errno.EPIPE, errno.ENOTCONN)
-APP = b'''
-import http.server, json, os, socket, subprocess, threading, urllib.parse
+APP = images.answering('''
+import json, os, socket, subprocess, threading, urllib.parse
 
 held = {}
 
@@ -58,22 +58,14 @@ def lookup(name):
     return sorted({found[4][0] for found in socket.getaddrinfo(name, None, socket.AF_INET)})
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        path, _, query = self.path.partition("?")
-        arguments = dict(urllib.parse.parse_qsl(query))
-        try:
-            answer = {"answer": globals()[path[1:]](**arguments)}
-        except Exception as error:
-            answer = {"error": type(error).__name__, "errno": getattr(error, "errno", None), "text": str(error)}
-        body = json.dumps(answer).encode()
-        self.send_response(200)
-        self.send_header("content-length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
+def answer(target):
+    path, _, query = target.partition("?")
+    arguments = dict(urllib.parse.parse_qsl(query))
+    try:
+        said = {"answer": globals()[path[1:]](**arguments)}
+    except Exception as error:
+        said = {"error": type(error).__name__, "errno": getattr(error, "errno", None), "text": str(error)}
+    return json.dumps(said).encode()
 
 
 def env():
@@ -91,8 +83,7 @@ try:
     AT_START["said"] = fetch(os.environ["WHERE"], os.environ["PORT"], "from the build")
 except Exception as error:
     AT_START["error"] = repr(error)
-http.server.ThreadingHTTPServer(("", 8080), Handler).serve_forever()
-'''
+''')
 DOCKERFILE = b"""FROM public.ecr.aws/lambda/microvms:al2023-minimal
 RUN dnf install -y python3 && dnf clean all
 COPY app.py /

@@ -12,17 +12,13 @@ from harness.microvm import Microvm
 from harness.node import Node, free_addresses
 from harness.waiting import StopWaiting, eventually
 
-APP = '''
-import http.server, os
-class App(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        body = "{} {} {}".format(open("/version").read().strip(), os.environ["AWS_LAMBDA_MICROVM_IMAGE_VERSION"], os.environ.get("ONE", "-")).encode()
-        self.send_response(200)
-        self.send_header("content-length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-http.server.ThreadingHTTPServer(("", 8080), App).serve_forever()
-'''
+APP = images.answering('''
+import os
+
+
+def answer(_path):
+    return "{} {} {}".format(open("/version").read().strip(), os.environ["AWS_LAMBDA_MICROVM_IMAGE_VERSION"], os.environ.get("ONE", "-")).encode()
+''')
 FROM = "FROM public.ecr.aws/lambda/microvms:al2023-minimal\n"
 DOCKERFILE = FROM + "COPY app.py /app.py\nRUN echo {} >/version\nEXPOSE 8080\nCMD [\"python3\", \"/app.py\"]\n"
 NAME = "life"

@@ -38,6 +38,29 @@ def zip_of(*directories, **files):
     return buffer.getvalue()
 
 
+def answering(source):
+    """An app in one file, as text: `source` has a function `answer`, from the path of a request to the body of what it is answered."""
+    return source + '''
+
+import http.server
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        body = answer(self.path)
+        self.send_response(200)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+http.server.ThreadingHTTPServer(("", 8080), Handler).serve_forever()
+'''
+
+
 def app(name, *directories):
     """The zip of an app of apps/ that uses what is shared there, the Dockerfile included."""
     return zip_of(APPS / "shared", APPS / name, *directories)
