@@ -337,7 +337,15 @@ pub(crate) fn content_length_parse_all(headers: &HMap) -> Option<u64> {
     // alright if they all contain the same value, and all parse correctly. If
     // not, then it's an error.
     let mut content_length: Option<u64> = None;
-    for value in headers.get_all(header::CONTENT_LENGTH) {
+    let mut values = headers.get_all(header::CONTENT_LENGTH).into_iter();
+    // Nearly always there is one value of digits alone, if any.
+    let (first, second) = (values.next()?, values.next());
+    if second.is_none() {
+        if let Some(n) = from_digits(first.as_bytes()) {
+            return Some(n);
+        }
+    }
+    for value in [Some(first), second].into_iter().flatten().chain(values) {
         // A non-visible-ASCII value can't be a valid Content-Length, so the
         // framing is ambiguous.
         let line = value.to_str().ok()?;

@@ -822,11 +822,11 @@ impl HttpSession {
             header.insert_header(header::DATE, date::get_cached_date())?;
 
             // TODO: make these lazy static
-            let connection_value = if self.will_keepalive() {
+            let connection_value = HeaderValue::from_static(if self.will_keepalive() {
                 "keep-alive"
             } else {
                 "close"
-            };
+            });
             header.insert_header(header::CONNECTION, connection_value)?;
         }
 
