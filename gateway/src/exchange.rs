@@ -240,6 +240,7 @@ impl Service {
         if passed.over {
             app.finish_body().await.map_err(Error::into_up)?;
         }
+        let _member = self.crowd.join();
         let mut next = (bodyless && !passed.over).then_some(Event::Body(Ok(None)));
         let (mut asked, mut heard, mut answered, mut reusable, mut unsent) = (passed.over, false, false, true, None);
         while !asked || !answered {
@@ -359,6 +360,10 @@ impl Service {
                 let _ = self.upstream_response_body_filter(session, bytes, *over, ctx)?;
             }
             HttpTask::UpgradedBody(..) | HttpTask::Trailer(_) | HttpTask::Done | HttpTask::Failed(_) => {}
+        }
+        // Answers of HTTP/2 gather where their connection is written.
+        if task.is_end() && !session.is_http2() {
+            self.crowd.let_others_first().await;
         }
         session.as_downstream_mut().response_duplex_vec(vec![task]).await.map(|_| ())
     }

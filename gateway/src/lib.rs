@@ -22,6 +22,7 @@ mod auth;
 mod config;
 mod connection;
 mod context;
+mod crowd;
 mod descriptors;
 mod drain;
 mod error;
@@ -71,6 +72,7 @@ pub use tls::Tls;
 use crate::{
     access_log::AccessLog,
     connection::GuardSettings,
+    crowd::Crowd,
     metrics::Metrics,
     neighbourhood::Rate,
     service::Service,
@@ -141,6 +143,7 @@ impl Gateway {
             keys,
             metrics,
             log: log.clone(),
+            crowd: Crowd::default(),
         });
         Ok(Self { listener, local_addr, proxy: Arc::new(proxy), links, pool, tls: tls.into(), limits, guard, log })
     }

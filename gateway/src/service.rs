@@ -40,6 +40,7 @@ use crate::{
     auth::permit::{Door, Permit},
     connection::Guarded,
     context::{Context, Watch},
+    crowd::Crowd,
     drain::{STREAM_SILENCE, Traffic},
     framing,
     headers::{self, AnswerKind},
@@ -93,6 +94,8 @@ pub(crate) struct Service {
     pub log: AccessLog,
     /// Connections to guests.
     pub peers: Peers,
+    /// The requests that are being carried.
+    pub crowd: Crowd,
 }
 
 /// What becomes of the client's connection after an answer of ours.
