@@ -41,11 +41,24 @@ fn version(program: &str, argument: &str) -> String {
     String::from_utf8_lossy(&said).lines().next().unwrap_or("?").trim().to_owned()
 }
 
-fn median(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
+fn sorted(mut values: Vec<f64>) -> Vec<f64> {
+    values.sort_by(f64::total_cmp);
+    values
+}
+
+fn median(sorted: &[f64]) -> f64 {
     let middle = sorted.len() / 2;
     if sorted.len() % 2 == 1 { sorted[middle] } else { (sorted[middle - 1] + sorted[middle]) / 2.0 }
+}
+
+/// How a subject compares with nginx: the median of what each round says, and the middle half of the rounds where they are many. The
+/// two had their turns within seconds, so that a host that is slower for a while is slower for both.
+fn beside(values: &[f64], nginx: &[f64]) -> String {
+    let ratios = sorted(values.iter().zip(nginx).map(|(value, nginx)| value / nginx).collect());
+    match ratios.len() {
+        0..4 => format!("×{:.2}", median(&ratios)),
+        rounds => format!("×{:.2}, {:.2}–{:.2}", median(&ratios), ratios[rounds / 4], ratios[rounds - 1 - rounds / 4]),
+    }
 }
 
 impl Report {
@@ -108,14 +121,14 @@ impl Report {
         Ok(out)
     }
 
-    /// The median, its spread, and how it compares with nginx's of the same run.
+    /// The median, and how it compares with nginx's of the same rounds.
     fn cell(&self, subject: &str, load: &str, what: &str) -> String {
         let find = |subject: &str| self.series.iter().find(|series| (series.subject.as_str(), series.load.as_str(), series.what.as_str()) == (subject, load, what));
         let Some(series) = find(subject) else { return "–".to_owned() };
-        let middle = median(&series.values);
+        let middle = median(&sorted(series.values.clone()));
         let digits = if middle >= 1000.0 { 0 } else { 2 };
         let ratio = match find("nginx") {
-            Some(nginx) if subject != "nginx" => format!(" (×{:.2})", middle / median(&nginx.values)),
+            Some(nginx) if subject != "nginx" => format!(" ({})", beside(&series.values, &nginx.values)),
             _ => String::new(),
         };
         format!("{middle:.digits$}{ratio}")
@@ -123,7 +136,7 @@ impl Report {
 }
 
 const EXPLANATION: &str = "One core for each subject (one worker), the load and the upstream on the other; all in turns, in every round. Medians of the rounds; in
-parentheses, times nginx's of the same run. CPU is user and kernel time of the subject's processes for each request. The gateway checks a
+parentheses, times nginx's: the median over the rounds of one beside the other, and its middle half. CPU is user and kernel time of the subject's processes for each request. The gateway checks a
 token on every request, keeps idle accounting, metrics and all limits and writes its access log; nginx and haproxy check nothing and, but for
 `--log`, write no log.
 ";
