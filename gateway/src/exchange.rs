@@ -5,6 +5,9 @@
 //! How HTTP/1.1 is read, framed and written stays with pingora's sessions, and the rules are the same calls of `service` as
 //! on that way, which is still taken for HTTP/2 towards the app and for WebSockets.
 //!
+//! A header in which all is as usual, which is nearly every one, is written out of the other side's as it stands; any other is taken
+//! apart into pingora's and put together again.
+//!
 //! Owns: the order of reading and writing between the two sessions, and which connection to the app is used. An app that takes
 //! nothing more is read all the same: it may have answered, or read on only when its answer is taken. Never sends a
 //! request to an app that may have seen it: what fails before anything was sent is tried again, and so is what was sent on a
@@ -13,15 +16,18 @@
 use std::{future::poll_fn, io, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use http::{HeaderName, Method, StatusCode, Version, header};
+use http::{HeaderMap, HeaderName, Method, StatusCode, Version, header};
 use pingora_core::{
     Error, ErrorSource, ErrorType,
     protocols::http::{
-        HttpTask, ServerSession as ClientSession,
-        v1::client::{HttpSession as AppSession, RawRequestFraming},
+        HttpTask, ServerSession as ClientSession, date,
+        v1::{
+            client::{Answered, HttpSession as AppSession, PlainResponse, RawRequestFraming},
+            server::RawResponseFraming,
+        },
     },
 };
-use pingora_http::{HeaderNameVariant, RequestHeader, ResponseHeader};
+use pingora_http::{HeaderNameVariant, RequestHeader};
 use pingora_proxy::{ProxyHttp as _, Session};
 
 use crate::{
@@ -89,7 +95,7 @@ enum Connections {
 /// What comes next.
 enum Event {
     /// Of the app.
-    Answer(Result<HttpTask>),
+    Answer(Result<Answered>),
     /// Of the client: more of its body, the body's end, or its leaving.
     Body(Result<Option<Bytes>>),
     /// The app has taken what there is of the body, or will not.
@@ -144,6 +150,7 @@ impl Service {
             ctx.bytes_in = passed.bytes as u64;
             let mut app = AppSession::new(stream);
             app.set_preserve_case(!session.is_http2());
+            app.set_plain_responses(matches!(session.req_header().version, Version::HTTP_11 | Version::HTTP_2));
             match self.converse(session, &mut app, &link, ctx, &mut passed).await {
                 Ok(reusable) => break (app, link, reusable),
                 Err(error) if passed.whole && self.is_unseen(ctx, &error).await => {
@@ -254,7 +261,7 @@ impl Service {
                         (true, true) => Some(AFTER_ITS_ANSWER),
                     };
                     tokio::select! {
-                        task = app.read_response_task(), if !answered => Event::Answer(task),
+                        task = app.read_answer(), if !answered => Event::Answer(task),
                         taken = taken(link, session, deadline) => Event::Taken(taken),
                     }
                 }
@@ -270,19 +277,24 @@ impl Service {
                     if asked {
                         tokio::select! {
                             biased;
-                            task = app.read_response_task() => Event::Answer(task),
+                            task = app.read_answer() => Event::Answer(task),
                             body = client => Event::Body(body),
                         }
                     } else {
                         tokio::select! {
-                            task = app.read_response_task(), if !answered => Event::Answer(task),
+                            task = app.read_answer(), if !answered => Event::Answer(task),
                             body = client => Event::Body(body),
                         }
                     }
                 }
             };
             match event {
-                Event::Answer(Ok(task)) => {
+                Event::Answer(Ok(Answered::Plain(answer, over))) => {
+                    (heard, answered) = (true, over);
+                    passed.forget();
+                    self.pass_plain_header(session, &answer, over, ctx).await?;
+                }
+                Event::Answer(Ok(Answered::Task(task))) => {
                     heard |= !matches!(&task, HttpTask::Header(answer, _) if answer.status.is_informational());
                     answered = task.is_end();
                     passed.forget();
@@ -340,13 +352,55 @@ impl Service {
         Ok(over)
     }
 
+    /// Passes the header of an answer that is as usual: written out of the app's at once, with what the edge says in it.
+    async fn pass_plain_header(&self, session: &mut Session, answer: &PlainResponse, over: bool, ctx: &mut Context) -> Result<()> {
+        let bytes = answer.fields().map(|(name, value)| name.len() + value.len()).sum();
+        if self.answer_too_large(answer.fields().len(), bytes) {
+            return Err(Self::fail(ctx, Reason::GuestHeaderTooLarge));
+        }
+        let media_type = answer.fields().find(|(name, _)| name.eq_ignore_ascii_case(b"content-type"));
+        let has_length = answer.content_length.is_some();
+        self.answer_begins(session, ctx, headers::kind_of(answer.status, media_type.map_or(b"", |(_, value)| value), has_length));
+        let has_body = has_body(session.req_header(), answer.status);
+        let framing = match answer.content_length {
+            _ if !has_body => RawResponseFraming::Length(0),
+            Some(length) => RawResponseFraming::Length(length),
+            None => RawResponseFraming::Chunked,
+        };
+        if has_length && !over && let Some(client) = Guarded::of(session) {
+            client.hold_next();
+        }
+        let client = match session.as_downstream_mut() {
+            ClientSession::H1(client) => client,
+            ClientSession::H2(client) => {
+                let Ok(finished) = answer_over_h2(answer, &ctx.request_id) else { return Err(Self::fail(ctx, Reason::GuestBroke)) };
+                return client.write_finished_response(finished, over).map_err(Error::into_down);
+            }
+            ClientSession::Subrequest(_) | ClientSession::Custom(_) => return Err(Self::fail(ctx, Reason::Internal)),
+        };
+        let Some(goes_on) = client.begin_raw_response(framing) else { return Ok(()) };
+        let ends_by_closing = has_body && !has_length && !answer.chunked;
+        let wire = answer_for_client(answer, &Edge { request_id: &ctx.request_id, goes_on, chunked_here: ends_by_closing });
+        if over {
+            self.crowd.let_others_first().await;
+        }
+        client.write_raw_response_header(&wire, answer.status, !has_length).await.map_err(Error::into_down)?;
+        if over {
+            client.finish_body().await.map_err(Error::into_down)?;
+        }
+        Ok(())
+    }
+
     /// Passes a piece of the app's answer.
     async fn pass_answer(&self, session: &mut Session, mut task: HttpTask, ctx: &mut Context) -> Result<()> {
         match &mut task {
             HttpTask::Header(answer, over) => {
+                if let Some(length) = headers::length_said_again(&answer.headers) {
+                    answer.insert_header(header::CONTENT_LENGTH, length)?;
+                }
                 self.upstream_response_filter(session, answer, ctx).await?;
                 let has_length = answer.headers.contains_key(header::CONTENT_LENGTH);
-                if !has_length && !*over && has_body(session.req_header(), answer) && !answer.headers.contains_key(header::TRANSFER_ENCODING) {
+                if !has_length && !*over && has_body(session.req_header(), answer.status) && !answer.headers.contains_key(header::TRANSFER_ENCODING) {
                     // Of an app of HTTP/1.0 that ends its body by closing: the client's connection can go on.
                     answer.set_version(Version::HTTP_11);
                     answer.insert_header(header::TRANSFER_ENCODING, "chunked")?;
@@ -443,8 +497,55 @@ fn has_plain_target(request: &RequestHeader) -> bool {
 }
 
 /// RFC 9112 §6.3.
-fn has_body(request: &RequestHeader, answer: &ResponseHeader) -> bool {
-    request.method != Method::HEAD && !answer.status.is_informational() && !matches!(answer.status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED)
+fn has_body(request: &RequestHeader, answer: StatusCode) -> bool {
+    request.method != Method::HEAD && !answer.is_informational() && !matches!(answer, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED)
+}
+
+/// What the edge has to say in an answer's header.
+struct Edge<'a> {
+    request_id: &'a str,
+    /// Whether the client's connection does.
+    goes_on: bool,
+    /// The app ends its body by closing its connection, which the client's need not follow.
+    chunked_here: bool,
+}
+
+/// The header that the client reads, as it is on the wire.
+fn answer_for_client(answer: &PlainResponse, edge: &Edge<'_>) -> Vec<u8> {
+    let mut wire = Vec::with_capacity(512);
+    for piece in [b"HTTP/1.1 ", answer.status.as_str().as_bytes(), b" ", answer.reason(), b"\r\n"] {
+        wire.extend_from_slice(piece);
+    }
+    let mut say = |name: &[u8], value: &[u8]| [name, b": ", value, b"\r\n"].iter().for_each(|piece| wire.extend_from_slice(piece));
+    for (name, value) in answer.fields() {
+        if !headers::is_said_by_the_edge(name) {
+            say(name, value);
+        }
+    }
+    if edge.chunked_here {
+        say(b"Transfer-Encoding", b"chunked");
+    }
+    say(b"Date", date::get_cached_date().as_bytes());
+    say(b"Connection", if edge.goes_on { b"keep-alive" } else { b"close" });
+    say(headers::REQUEST_ID_FIELD.as_bytes(), edge.request_id.as_bytes());
+    wire.extend_from_slice(b"\r\n");
+    wire
+}
+
+/// The same for a client of HTTP/2.
+fn answer_over_h2(answer: &PlainResponse, request_id: &str) -> http::Result<http::Response<()>> {
+    let fields = answer.shared_fields();
+    let mut headers = HeaderMap::with_capacity(fields.len() + 2);
+    for (name, value) in fields {
+        if !headers::is_of_http_1(name) && !headers::is_said_by_the_edge(name) {
+            headers.try_append(HeaderName::from_bytes(name)?, value)?;
+        }
+    }
+    headers.try_append(header::DATE, date::get_cached_date())?;
+    headers.try_append(headers::REQUEST_ID_FIELD, headers::request_id(request_id))?;
+    let mut finished = http::Response::new(());
+    (*finished.status_mut(), *finished.headers_mut()) = (answer.status, headers);
+    Ok(finished)
 }
 
 /// Sends what is held of an answer that does not go on for now.

@@ -9,7 +9,8 @@ pub(crate) static PORT_FIELD: HeaderName = HeaderName::from_static("x-aws-proxy-
 /// Asks for HTTP/2 with prior knowledge towards the app.
 pub(crate) static FORCE_H2_FIELD: HeaderName = HeaderName::from_static("x-aws-proxy-force-h2");
 /// Why the gateway answered by itself.
-pub(crate) static REASON_FIELD: HeaderName = HeaderName::from_static("x-dormouse-reason");
+pub(crate) static REASON_FIELD: HeaderName = HeaderName::from_static(REASON_NAME);
+const REASON_NAME: &str = "x-dormouse-reason";
 /// Names a request, towards the app and towards the client.
 pub(crate) const REQUEST_ID_FIELD: &str = "x-amzn-requestid";
 
@@ -78,6 +79,24 @@ pub(crate) fn joined_cookie(headers: &HeaderMap) -> Option<HeaderValue> {
     (crumbs.len() > 1).then(|| HeaderValue::from_bytes(&crumbs.join(&b"; "[..])).expect("header values joined by \"; \" are a header value"))
 }
 
+/// Whether it says something of a connection of HTTP/1.1 only, and may not be in a message of HTTP/2 (RFC 9113 §8.2.2).
+pub(crate) fn is_of_http_1(name: &[u8]) -> bool {
+    ["connection", "keep-alive", "proxy-connection", "transfer-encoding", "upgrade"].iter().any(|field| name.eq_ignore_ascii_case(field.as_bytes()))
+}
+
+/// Whether it is a field of an answer in whose place the edge says its own, or says nothing.
+pub(crate) fn is_said_by_the_edge(name: &[u8]) -> bool {
+    ["date", "connection", REQUEST_ID_FIELD, REASON_NAME].iter().any(|said| name.eq_ignore_ascii_case(said.as_bytes()))
+}
+
+/// The length that is said several times over, once. pingora has found them to be the same number, and passes them on as they are; a
+/// client may take them for an error, and one of HTTP/2 does (RFC 9110 §8.6).
+pub(crate) fn length_said_again(headers: &HeaderMap) -> Option<HeaderValue> {
+    let mut lengths = headers.get_all(header::CONTENT_LENGTH).iter().flat_map(|value| value.as_bytes().split(|byte| *byte == b','));
+    let (first, _again) = (lengths.next()?, lengths.next()?);
+    HeaderValue::from_bytes(first.trim_ascii()).ok()
+}
+
 /// Bytes of the names and values.
 pub(crate) fn bytes(headers: &HeaderMap) -> usize {
     headers.iter().map(|(name, value)| name.as_str().len() + value.len()).sum()
@@ -111,10 +130,15 @@ const STREAMS: [&str; 6] =
 /// What kind of answer this header begins.
 pub(crate) fn answer_kind(status: StatusCode, headers: &HeaderMap) -> AnswerKind {
     let media_type = headers.get(header::CONTENT_TYPE).map_or(&b""[..], HeaderValue::as_bytes);
+    kind_of(status, media_type, headers.contains_key(header::CONTENT_LENGTH))
+}
+
+/// The same, by what it says in Content-Type and whether it says its length.
+pub(crate) fn kind_of(status: StatusCode, media_type: &[u8], has_length: bool) -> AnswerKind {
     let is = |stream: &&str| media_type.get(..stream.len()).is_some_and(|start| start.eq_ignore_ascii_case(stream.as_bytes()));
     if status == StatusCode::SWITCHING_PROTOCOLS || STREAMS.iter().any(is) {
         AnswerKind::Stream
-    } else if headers.contains_key(header::CONTENT_LENGTH) || matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED) {
+    } else if has_length || matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED) {
         AnswerKind::Finite
     } else {
         AnswerKind::Unknown
@@ -132,6 +156,16 @@ mod tests {
 
     fn map(fields: &[(&'static str, &'static str)]) -> HeaderMap {
         fields.iter().map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value))).collect()
+    }
+
+    #[test]
+    fn a_length_is_said_once() {
+        let said = |lengths: &[&'static str]| lengths.iter().map(|length| (header::CONTENT_LENGTH, HeaderValue::from_static(length))).collect::<HeaderMap>();
+        assert_eq!(length_said_again(&said(&["2"])), None);
+        assert_eq!(length_said_again(&said(&[])), None);
+        for lengths in [&["2, 2"][..], &["2", "2"], &[" 2,2 ", "2"]] {
+            assert_eq!(length_said_again(&said(lengths)).unwrap(), "2", "{lengths:?}");
+        }
     }
 
     #[test]

@@ -321,6 +321,38 @@ impl Service {
         name.unwrap_or_else(|| ServerName::IpAddress(Ipv4Addr::LOCALHOST.into()))
     }
 
+    /// The app has begun to answer.
+    pub(crate) fn answer_begins(&self, session: &mut Session, ctx: &mut Context, kind: AnswerKind) {
+        if self.peers.links().drain().has_begun() {
+            session.set_keepalive(None);
+        }
+        ctx.first_byte = None;
+        let Some(awake) = &ctx.awake else { return };
+        awake.touch();
+        // A WebSocket takes leave by itself.
+        if let (Some(in_flight), AnswerKind::Stream | AnswerKind::Unknown, None) = (&mut ctx.in_flight, kind, &ctx.handshake) {
+            in_flight.streams();
+        }
+        match kind {
+            AnswerKind::Stream => {
+                ctx.stream = Some(match ctx.protocol {
+                    Protocol::WebSocket => StreamKind::WebSocket,
+                    Protocol::Grpc => StreamKind::Grpc,
+                    Protocol::Http1 | Protocol::Http2 => StreamKind::Events,
+                });
+                awake.streaming();
+            }
+            // Still being computed until its end.
+            AnswerKind::Finite => {}
+            AnswerKind::Unknown => ctx.watch = Some(self.watch(awake.clone())),
+        }
+    }
+
+    /// Whether an answer's header is larger than an app may send.
+    pub(crate) fn answer_too_large(&self, fields: usize, bytes: usize) -> bool {
+        bytes > self.limits.load().max_answer_header_bytes || fields > MAX_ANSWER_FIELDS
+    }
+
     /// Where the request goes, once its microVM is awake, and what is spoken there. The begin of a try.
     pub(crate) async fn target(&self, session: &mut Session, ctx: &mut Context) -> Result<Target> {
         if ctx.awake.is_none() {
@@ -662,7 +694,7 @@ impl ProxyHttp for Service {
     }
 
     async fn upstream_response_filter(&self, session: &mut Session, answer: &mut ResponseHeader, ctx: &mut Context) -> Result<()> {
-        if headers::bytes(&answer.headers) > self.limits.load().max_answer_header_bytes || answer.headers.len() > MAX_ANSWER_FIELDS {
+        if self.answer_too_large(answer.headers.len(), headers::bytes(&answer.headers)) {
             return Err(Self::fail(ctx, Reason::GuestHeaderTooLarge));
         }
         if let Err(reason) = websocket::check_switch(answer.status, ctx.handshake.as_ref()) {
@@ -685,31 +717,7 @@ impl ProxyHttp for Service {
                 Err(reason) => return Err(Self::fail(ctx, reason)),
             }
         }
-        if self.peers.links().drain().has_begun() {
-            session.set_keepalive(None);
-        }
-        ctx.first_byte = None;
-        if let Some(awake) = &ctx.awake {
-            awake.touch();
-            let kind = headers::answer_kind(answer.status, &answer.headers);
-            // A WebSocket takes leave by itself.
-            if let (Some(in_flight), AnswerKind::Stream | AnswerKind::Unknown, None) = (&mut ctx.in_flight, kind, &ctx.handshake) {
-                in_flight.streams();
-            }
-            match kind {
-                AnswerKind::Stream => {
-                    ctx.stream = Some(match ctx.protocol {
-                        Protocol::WebSocket => StreamKind::WebSocket,
-                        Protocol::Grpc => StreamKind::Grpc,
-                        Protocol::Http1 | Protocol::Http2 => StreamKind::Events,
-                    });
-                    awake.streaming();
-                }
-                // Still being computed until its end.
-                AnswerKind::Finite => {}
-                AnswerKind::Unknown => ctx.watch = Some(self.watch(awake.clone())),
-            }
-        }
+        self.answer_begins(session, ctx, headers::answer_kind(answer.status, &answer.headers));
         answer.insert_header(headers::REQUEST_ID_FIELD, headers::request_id(&ctx.request_id))?;
         if answer.status == StatusCode::SWITCHING_PROTOCOLS { self.tunnel(session, answer, ctx).await } else { Ok(()) }
     }

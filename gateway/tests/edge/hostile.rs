@@ -2,6 +2,7 @@
 
 use std::{sync::atomic::Ordering, time::Duration};
 
+use http_body_util::BodyExt as _;
 use model::PortScope;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
@@ -407,4 +408,61 @@ async fn a_guest_cannot_speak_in_the_gateways_name() {
     let answer = rig.h1().await.send(get(&vm.host, "/", &[("x-aws-proxy-auth", &token)])).await;
     assert_eq!((answer.status, answer.reason()), (503, ""));
     assert_ne!(answer.header("x-amzn-requestid"), Some("mine"));
+}
+
+/// An answer as it reached the client: its first line, its fields but for those that differ from answer to answer, its body.
+fn taken_apart(text: &str) -> (String, Vec<String>, String) {
+    let (head, body) = text.split_once("\r\n\r\n").unwrap_or_else(|| panic!("{text:?}"));
+    let mut lines = head.split("\r\n").map(ToOwned::to_owned);
+    let first = lines.next().unwrap();
+    let differs = |line: &String| ["date: ", "x-amzn-requestid: ", "x-mark:"].iter().any(|name| line.to_ascii_lowercase().starts_with(name));
+    let mut fields: Vec<_> = lines.filter(|line| !differs(line)).collect();
+    fields.sort_unstable();
+    (first, fields, body.to_owned())
+}
+
+/// An answer in which all is as usual is passed on as it is, any other is taken apart and put together again: a field that is
+/// folded over two lines makes it another.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_is_the_same_whichever_way_it_goes() {
+    let rig = Rig::new().await;
+    let mut h2 = rig.h2().await;
+    for (method, answer) in [
+        ("GET", "HTTP/1.1 200 OK\r\nServer: x\r\nContent-Type: text/plain\r\ncontent-length: 2\r\nX-oDD: y\r\n{}\r\nok"),
+        ("GET", "HTTP/1.1 200 OK\r\nset-cookie: a=1\r\nx: 1\r\nSet-Cookie: b=2\r\nContent-Length:2\r\n{}\r\nok"),
+        ("GET", "HTTP/1.1 404 \r\ncontent-length: 0\r\nempty:\r\n{}\r\n"),
+        ("GET", "HTTP/1.1 299 Fine by me\r\ncontent-length: 3\r\nDate: yesterday\r\nconnection: close\r\n{}\r\nabc"),
+        ("GET", "HTTP/1.1 200 OK\r\nTransfer-Encoding: Chunked\r\nconnection: keep-alive\r\n{}\r\n2;x=1\r\nok\r\n0\r\nt: 1\r\n\r\n"),
+        ("GET", "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n{}\r\ndata: until the end\n\n"),
+        ("GET", "HTTP/1.0 200 OK\r\ncontent-length: 2\r\n{}\r\nok"),
+        ("GET", "HTTP/1.1 204 No Content\r\nx: 1\r\n{}\r\n"),
+        ("GET", "HTTP/1.1 304 Not Modified\r\ncontent-length: 5\r\netag: \"1\"\r\n{}\r\n"),
+        ("HEAD", "HTTP/1.1 200 OK\r\ncontent-length: 5\r\n{}\r\n"),
+        ("HEAD", "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n{}\r\n"),
+        ("GET", "HTTP/1.1 200 OK\r\nx-dormouse-reason: mine\r\nX-Amzn-RequestId: mine\r\ncontent-length: 2, 2\r\n{}\r\nok"),
+        ("GET", "HTTP/1.1 103 Early Hints\r\nlink: </x>\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 2\r\n{}\r\nok"),
+    ] {
+        let mut ways = Vec::new();
+        for mark in ["X-Mark: 1\r\n", "X-Mark: 1\r\n 2\r\n"] {
+            let vm = rig.microvm(canned(answer.replace("{}", mark)).await).await;
+            let token = rig.token(&vm, PortScope::All);
+            let text = raw(&rig, format!("{method} / HTTP/1.1\r\nhost: {}\r\nx-aws-proxy-auth: {token}\r\nconnection: close\r\n\r\n", vm.host).as_bytes()).await;
+            assert!(!text.contains("mine") && !text.contains("yesterday"), "{text}");
+            let last = text.rfind("HTTP/1.1 ").or(text.rfind("HTTP/1.0 ")).unwrap_or_else(|| panic!("{answer}: {text:?}"));
+            // Another microVM, whose connection cannot be one that its app has just closed.
+            let vm = rig.microvm(canned(answer.replace("{}", mark)).await).await;
+            let token = rig.token(&vm, PortScope::All);
+            let auth = [("x-aws-proxy-auth", token.as_str())];
+            let over_h2 = within("the answer", h2.0.send_request(h2_request(method, &vm.host, "/", &auth, full("")))).await.unwrap();
+            let (head, body) = over_h2.into_parts();
+            assert!(head.headers.contains_key("date") && head.headers["x-amzn-requestid"] != "mine", "{head:?}");
+            let differs = |name: &str| ["date", "x-amzn-requestid", "x-mark"].contains(&name);
+            let mut fields: Vec<_> = head.headers.iter().map(|(name, value)| (name.to_string(), value.clone())).filter(|(name, _)| !differs(name)).collect();
+            fields.sort_unstable();
+            let body = within("the body", body.collect()).await.map(|body| body.to_bytes());
+            ways.push((text[..last].to_owned(), taken_apart(&text[last..]), head.status, fields, body.unwrap()));
+        }
+        assert_eq!(ways[0], ways[1], "{answer}");
+        assert!(ways[0].1.1.contains(&"Connection: close".to_owned()), "{:?}", ways[0]);
+    }
 }

@@ -41,6 +41,106 @@ pub enum RawRequestFraming {
     Chunked,
 }
 
+/// A response header of which all is as usual: HTTP/1.1, no interim response, framed in one way
+/// and said once, and nothing in it that would have to be mended. It is as it was read.
+pub struct PlainResponse {
+    /// Not 1xx
+    pub status: StatusCode,
+    /// Content-Length, if it is stated; never together with `chunked`
+    pub content_length: Option<usize>,
+    /// Whether Transfer-Encoding is `chunked`
+    pub chunked: bool,
+    head: Bytes,
+    reason: BufRef,
+    fields: Vec<KVRef>,
+}
+
+impl PlainResponse {
+    /// The reason phrase
+    pub fn reason(&self) -> &[u8] {
+        self.reason.get(&self.head)
+    }
+
+    /// Names, as they were written, and values
+    pub fn fields(&self) -> impl ExactSizeIterator<Item = (&[u8], &[u8])> {
+        let get = |field: &KVRef| (field.get_name(&self.head), field.get_value(&self.head));
+        self.fields.iter().map(get)
+    }
+
+    /// The same, with values that share the memory of the whole
+    pub fn shared_fields(&self) -> impl ExactSizeIterator<Item = (&[u8], HeaderValue)> {
+        let get = |field: &KVRef| {
+            let value = field.get_value_bytes(&self.head);
+            (field.get_name(&self.head), pingora_http::header_value_from_raw(value))
+        };
+        self.fields.iter().map(get)
+    }
+}
+
+/// What comes of a response
+pub enum Answered {
+    /// Its header, and whether that was all
+    Plain(Box<PlainResponse>, bool),
+    /// Anything else
+    Task(HttpTask),
+}
+
+/// What a plain response says
+struct PlainFraming {
+    status: StatusCode,
+    content_length: Option<usize>,
+    chunked: bool,
+    // As in `HttpSession::keepalive_of_header`
+    keepalive: Option<u64>,
+}
+
+impl PlainFraming {
+    /// `None` if anything is unusual about the response: then it is read as any other.
+    fn of(resp: &httparse::Response) -> Option<Self> {
+        let status = resp.code.and_then(|code| StatusCode::from_u16(code).ok())?;
+        if status.is_informational() || resp.version != Some(1) {
+            return None;
+        }
+        let (mut content_length, mut chunked, mut connection) = (None, false, None);
+        for field in resp.headers.iter() {
+            if field.value.iter().any(|byte| matches!(byte, b'\r' | b'\n' | 0)) {
+                return None;
+            }
+            match field.name.len() {
+                0 => return None,
+                10 if field.name.eq_ignore_ascii_case("connection") => {
+                    let close = field.value.eq_ignore_ascii_case(b"close");
+                    if connection.is_some() || !(close || field.value.eq_ignore_ascii_case(b"keep-alive")) {
+                        return None;
+                    }
+                    connection = Some(close);
+                }
+                10 if field.name.eq_ignore_ascii_case("keep-alive") => return None,
+                14 if field.name.eq_ignore_ascii_case("content-length") => {
+                    let length = usize::try_from(from_digits(field.value)?).ok()?;
+                    if content_length.replace(length).is_some() {
+                        return None;
+                    }
+                }
+                17 if field.name.eq_ignore_ascii_case("transfer-encoding") => {
+                    if chunked || !field.value.eq_ignore_ascii_case(b"chunked") {
+                        return None;
+                    }
+                    chunked = true;
+                }
+                _ => {}
+            }
+        }
+        let keepalive = if connection == Some(true) { None } else { Some(0) };
+        (!chunked || content_length.is_none()).then_some(PlainFraming {
+            status,
+            content_length,
+            chunked,
+            keepalive,
+        })
+    }
+}
+
 /// The HTTP 1.x client session
 pub struct HttpSession {
     buf: Bytes,
@@ -73,6 +173,9 @@ pub struct HttpSession {
     handed_on: Option<(StatusCode, Option<u64>)>,
     /// Whether response header names keep the case that they came in.
     preserve_case: bool,
+    /// Whether plain responses are to be handed on as they are.
+    plain_responses: bool,
+    plain_response: Option<Box<PlainResponse>>,
     bytes_sent: usize,
     /// Total response body payload bytes received from upstream
     body_recv: usize,
@@ -114,6 +217,8 @@ impl HttpSession {
             raw_head_written: false,
             handed_on: None,
             preserve_case: true,
+            plain_responses: false,
+            plain_response: None,
             read_timeout: None,
             write_timeout: None,
             digest,
@@ -201,6 +306,51 @@ impl HttpSession {
         self.raw_written = true;
         self.raw_head_written = head;
         Ok(())
+    }
+
+    /// A response header that was just read. No copy: what is asked of it later is noted.
+    fn hand_on(&mut self) -> (Box<ResponseHeader>, bool) {
+        let end_of_body = self.is_body_done();
+        let said = self.keepalive_of_header();
+        let header = self.response_header.take().expect("it was just read");
+        self.handed_on = Some((header.status, said));
+        (header, end_of_body)
+    }
+
+    /// Whether [`Self::read_answer`] hands plain responses on as they are.
+    pub fn set_plain_responses(&mut self, plain: bool) {
+        self.plain_responses = plain;
+    }
+
+    /// After a raw request header: as [`Self::read_response_task`], and may be dropped as that may.
+    pub async fn read_answer(&mut self) -> Result<Answered> {
+        if !self.plain_responses || !self.should_read_resp_header() {
+            return self.read_response_task().await.map(Answered::Task);
+        }
+        self.read_response().await?;
+        if let Some(plain) = self.plain_response.take() {
+            return Ok(Answered::Plain(plain, self.body_reader.body_done()));
+        }
+        let (header, end_of_body) = self.hand_on();
+        Ok(Answered::Task(HttpTask::Header(header, end_of_body)))
+    }
+
+    /// As [`Self::init_body_reader`].
+    fn init_plain_body_reader(&mut self, framing: &PlainFraming) {
+        if !self.body_reader.need_init() {
+            return;
+        }
+        let preread_body = self.preread_body.as_ref().unwrap().get(&self.buf[..]);
+        if matches!(framing.status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED) || self.raw_head_written {
+            self.body_reader.init_content_length(0, preread_body);
+        } else if framing.chunked {
+            self.body_reader.init_chunked(preread_body);
+        } else if let Some(length) = framing.content_length {
+            self.body_reader.init_content_length(length, preread_body);
+        } else {
+            self.body_reader.init_close_delimited(preread_body);
+            self.close_delimited_resp = true;
+        }
     }
 
     /// Whether the names of a response header keep the case that they came in. They need not where
@@ -342,6 +492,29 @@ impl HttpSession {
                         // Note: resp.headers has the correct number of headers
                         // while header_refs doesn't as it is still empty
                         let _num_headers = populate_headers(base, &mut header_refs, resp.headers);
+
+                        if self.plain_responses {
+                            if let Some(framing) = PlainFraming::of(&resp) {
+                                let reason = resp.reason.map_or(BufRef(0, 0), |reason| {
+                                    let start = reason.as_ptr() as usize;
+                                    // An empty one may be a constant of the parser's.
+                                    match start.checked_sub(base) {
+                                        Some(start) if !reason.is_empty() => BufRef::new(start, reason.len()),
+                                        _ => BufRef(0, 0),
+                                    }
+                                });
+                                let head = std::mem::take(&mut self.response_header_read_buf).freeze();
+                                self.raw_header = Some(BufRef(0, s));
+                                self.preread_body = Some(BufRef(s, total_read));
+                                self.buf = head.clone();
+                                self.handed_on = Some((framing.status, framing.keepalive));
+                                self.init_plain_body_reader(&framing);
+                                let PlainFraming { status, content_length, chunked, .. } = framing;
+                                self.plain_response =
+                                    Some(Box::new(PlainResponse { status, content_length, chunked, head, reason, fields: header_refs }));
+                                return Ok(s);
+                            }
+                        }
 
                         let build = if self.preserve_case {
                             ResponseHeader::build
@@ -890,12 +1063,7 @@ impl HttpSession {
         if self.should_read_resp_header() {
             let (resp_header, end_of_body) = if self.raw_written {
                 self.read_response().await?;
-                // No copy: what is asked of it later is noted.
-                let end_of_body = self.is_body_done();
-                let said = self.keepalive_of_header();
-                let header = self.response_header.take().expect("it was just read");
-                self.handed_on = Some((header.status, said));
-                (header, end_of_body)
+                self.hand_on()
             } else {
                 let header = self.read_resp_header_parts().await?;
                 (header, self.is_body_done())

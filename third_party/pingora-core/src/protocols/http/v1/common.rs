@@ -296,7 +296,7 @@ pub(super) fn populate_headers(
 ///
 /// Rejects empty input, any non-digit byte, a leading sign, and values that
 /// overflow `u64`.
-fn from_digits(bytes: &[u8]) -> Option<u64> {
+pub(super) fn from_digits(bytes: &[u8]) -> Option<u64> {
     // cannot use FromStr for u64, since it allows a signed prefix
     const RADIX: u64 = 10;
 

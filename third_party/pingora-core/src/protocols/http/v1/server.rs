@@ -74,6 +74,15 @@ impl ProxyTaskState {
     }
 }
 
+/// How the body of a response is framed whose header is written as it is on the wire.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RawResponseFraming {
+    /// By Content-Length, or 0 where there is no body
+    Length(usize),
+    /// By Transfer-Encoding: chunked
+    Chunked,
+}
+
 /// The HTTP 1.x server session
 pub struct HttpSession {
     underlying_stream: Stream,
@@ -790,6 +799,44 @@ impl HttpSession {
     /// Prepare response header for writing: handle upgrades, set headers, initialize body writer.
     /// This contains all the synchronous logic that should happen before writing the header.
     /// Returns Ok(Some((bytes, should_flush))) if the header should be written, Ok(None) if should skip.
+    /// Begins a response whose header is then written by [`Self::write_raw_response_header`]. `None` if one has
+    /// been begun; else whether the connection goes on, which the header has to say.
+    pub fn begin_raw_response(&mut self, framing: RawResponseFraming) -> Option<bool> {
+        if self.response_written.as_ref().is_some_and(|resp| !resp.status.is_informational()) || self.upgraded {
+            warn!("Respond header is already sent, cannot send again");
+            return None;
+        }
+        // As in `prepare_response_header`.
+        if self.close_on_response_before_downstream_finish
+            && (self.request_header.is_none() || !self.is_body_done())
+        {
+            debug!("set connection close before downstream finish");
+            self.set_keepalive(None);
+        }
+        match framing {
+            RawResponseFraming::Length(length) => self.body_writer.init_content_length(length),
+            RawResponseFraming::Chunked => self.body_writer.init_chunked(),
+        }
+        Some(self.will_keepalive())
+    }
+
+    /// Writes a response header that is on the wire already as it is to be sent.
+    pub async fn write_raw_response_header(&mut self, wire: &[u8], status: http::StatusCode, flush: bool) -> Result<()> {
+        let written = Box::new(ResponseHeader::build_no_case(status, Some(0))?);
+        self.underlying_stream
+            .write_all(wire)
+            .await
+            .or_err(WriteError, "writing response header")?;
+        if flush || self.body_writer.finished() {
+            self.underlying_stream
+                .flush()
+                .await
+                .or_err(WriteError, "flushing response header")?;
+        }
+        self.response_written = Some(written);
+        Ok(())
+    }
+
     fn prepare_response_header(
         &mut self,
         header: &mut ResponseHeader,

@@ -605,6 +605,26 @@ impl HttpSession {
     // the write_* don't have timeouts because the actual writing happens on the connection
     // not here.
 
+    /// Write a response header that has all it is to have, and nothing of HTTP/1.
+    pub fn write_finished_response(&mut self, response: Response<()>, end: bool) -> Result<()> {
+        if self.ended {
+            return Ok(());
+        }
+        if self.response_written.is_some() {
+            warn!("Response header is already sent, cannot send again");
+            return Ok(());
+        }
+        let written = Box::new(ResponseHeader::build_no_case(response.status(), Some(0))?);
+        let body_writer = self.send_response.send_response(response, end).or_err(
+            ErrorType::WriteError,
+            "while writing h2 response to downstream",
+        )?;
+        self.response_written = Some(written);
+        self.send_response_body = Some(body_writer);
+        self.ended = end;
+        Ok(())
+    }
+
     /// Write the response header to the client.
     /// # the `end` flag
     /// `end` marks the end of this session.
