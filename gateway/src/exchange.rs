@@ -361,9 +361,8 @@ impl Service {
         let media_type = answer.fields().find(|(name, _)| name.eq_ignore_ascii_case(b"content-type"));
         let has_length = answer.content_length.is_some();
         self.answer_begins(session, ctx, headers::kind_of(answer.status, media_type.map_or(b"", |(_, value)| value), has_length));
-        let has_body = has_body(session.req_header(), answer.status);
         let framing = match answer.content_length {
-            _ if !has_body => RawResponseFraming::Length(0),
+            _ if !has_body(session.req_header(), answer.status) => RawResponseFraming::Length(0),
             Some(length) => RawResponseFraming::Length(length),
             None => RawResponseFraming::Chunked,
         };
@@ -379,8 +378,8 @@ impl Service {
             ClientSession::Subrequest(_) | ClientSession::Custom(_) => return Err(Self::fail(ctx, Reason::Internal)),
         };
         let Some(goes_on) = client.begin_raw_response(framing) else { return Ok(()) };
-        let ends_by_closing = has_body && !has_length && !answer.chunked;
-        let wire = answer_for_client(answer, &Edge { request_id: &ctx.request_id, goes_on, chunked_here: ends_by_closing });
+        let chunked_here = framing == RawResponseFraming::Chunked && !answer.chunked;
+        let wire = answer_for_client(answer, &Edge { request_id: &ctx.request_id, goes_on, chunked_here });
         if over {
             self.crowd.let_others_first().await;
         }
