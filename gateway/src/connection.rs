@@ -437,8 +437,10 @@ impl AsyncWrite for Guarded {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let released = self.poll_release(cx);
-        ready!(self.noted(released))?;
+        if self.held.get_mut().is_ok_and(|held| !held.is_empty()) {
+            let released = self.poll_release(cx);
+            ready!(self.noted(released))?;
+        }
         let flushed = Pin::new(&mut self.tls).poll_flush(cx);
         self.gathered &= flushed.is_pending();
         self.noted(flushed)

@@ -2,9 +2,10 @@
 
 use std::{
     sync::{Arc, OnceLock, atomic::AtomicU64},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
+use ::config::EdgeLimits;
 use idle_controller::{Awake, WakeReport};
 use model::MicrovmId;
 use tokio_util::task::AbortOnDropHandle;
@@ -27,6 +28,8 @@ use crate::{
 pub(crate) struct Context {
     /// What client and app read in `x-amzn-requestid`.
     pub request_id: String,
+    /// The limits in force when it began.
+    pub limits: Arc<EdgeLimits>,
     /// When the header was whole.
     pub begun: Instant,
     /// What the client speaks.
@@ -101,10 +104,10 @@ pub(crate) struct Watch {
 
 impl Context {
     /// Of a request whose header is whole now.
-    pub fn new(hold: Duration) -> Self {
+    pub fn new(limits: Arc<EdgeLimits>) -> Self {
         let begun = Instant::now();
         Self {
-            request_id: uuid::Uuid::new_v4().to_string(),
+            request_id: uuid::Uuid::new_v4().hyphenated().encode_lower(&mut uuid::Uuid::encode_buffer()).to_owned(),
             begun,
             protocol: Protocol::Http1,
             open: None,
@@ -114,7 +117,8 @@ impl Context {
             handshake: None,
             permit: None,
             shell: None,
-            hold_until: begun + hold,
+            hold_until: begun + limits.hold,
+            limits,
             awake: None,
             wake: None,
             retries: 0,

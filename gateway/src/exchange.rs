@@ -16,7 +16,10 @@
 use std::{future::poll_fn, io, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderName, Method, StatusCode, Version, header};
+use http::{
+    HeaderName, HeaderValue, Method, StatusCode, Version,
+    header::{self, InvalidHeaderName},
+};
 use pingora_core::{
     Error, ErrorSource, ErrorType,
     protocols::http::{
@@ -39,7 +42,7 @@ use crate::{
     service::{Service, client_left},
     upstream::{
         connector::{DialFailure, Woken},
-        links::{Link, Speaks},
+        links::{Link, Speaks, Target},
         pool::Connection,
         transport::Transport,
     },
@@ -148,12 +151,13 @@ impl Service {
                 Err(error) => return Err(error),
             };
             ctx.bytes_in = passed.bytes as u64;
-            let mut app = AppSession::new(stream);
+            // Boxed: it would be in the future of each request twice.
+            let mut app = Box::new(AppSession::new(stream));
             app.set_preserve_case(!session.is_http2());
             app.set_plain_responses(matches!(session.req_header().version, Version::HTTP_11 | Version::HTTP_2));
             match self.converse(session, &mut app, &link, ctx, &mut passed).await {
                 Ok(reusable) => break (app, link, reusable),
-                Err(error) if passed.whole && self.is_unseen(ctx, &error).await => {
+                Err(error) if passed.whole && Box::pin(self.is_unseen(ctx, &error)).await => {
                     ctx.retries = ctx.retries.saturating_add(1);
                     self.metrics.retry(RetryCause::Untouched);
                     connections = Connections::New;
@@ -197,6 +201,10 @@ impl Service {
             self.begin_use(session, ctx, &connection.link, taken);
             return Ok(Some(connection));
         }
+        Box::pin(self.new_connection(session, ctx, target)).await.map(Some)
+    }
+
+    async fn new_connection(&self, session: &mut Session, ctx: &mut Context, target: Target) -> Result<Connection> {
         ctx.reused = false;
         let (Some(awake), Some(permit)) = (ctx.awake.clone(), &ctx.permit) else {
             return Err(Self::fail(ctx, Reason::Internal));
@@ -213,7 +221,7 @@ impl Service {
             Ok(connection) => match connection.link.take_up() {
                 Some(taken) => {
                     self.begin_use(session, ctx, &connection.link, taken);
-                    Ok(Some(connection))
+                    Ok(connection)
                 }
                 // The gateway ends.
                 None => Err(Self::fail(ctx, Reason::Internal)),
@@ -237,7 +245,11 @@ impl Service {
     ) -> Result<bool> {
         let bodyless = session.as_downstream_mut().is_body_empty();
         let request = session.req_header();
-        let Ok((wire, framing)) = request_for_app(request, bodyless, &ctx.request_id) else {
+        let as_written = match session.as_downstream() {
+            ClientSession::H1(client) => Some(client.fields_as_written()),
+            ClientSession::H2(_) | ClientSession::Subrequest(_) | ClientSession::Custom(_) => None,
+        };
+        let Ok((wire, framing)) = request_for_app(request, as_written, bodyless, &ctx.request_id) else {
             return Err(Self::fail(ctx, Reason::MalformedRequest));
         };
         app.write_raw_request_header(&wire, request.method == Method::HEAD, framing).await.map_err(Error::into_up)?;
@@ -256,13 +268,13 @@ impl Service {
                 // What the app has not taken comes before more of it; that it does not take it does not keep its answer from being read.
                 None if link.is_full() => {
                     let deadline = match (heard, answered) {
-                        (false, _) => self.limits.load().guest_body_deadline,
+                        (false, _) => ctx.limits.guest_body_deadline,
                         (true, false) => None,
                         (true, true) => Some(AFTER_ITS_ANSWER),
                     };
                     tokio::select! {
                         task = app.read_answer(), if !answered => Event::Answer(task),
-                        taken = taken(link, session, deadline) => Event::Taken(taken),
+                        taken = Box::pin(taken(link, session, deadline)) => Event::Taken(taken),
                     }
                 }
                 None => {
@@ -355,7 +367,7 @@ impl Service {
     /// Passes the header of an answer that is as usual: written out of the app's at once, with what the edge says in it.
     async fn pass_plain_header(&self, session: &mut Session, answer: &PlainResponse, over: bool, ctx: &mut Context) -> Result<()> {
         let bytes = answer.fields().map(|(name, value)| name.len() + value.len()).sum();
-        if self.answer_too_large(answer.fields().len(), bytes) {
+        if Self::answer_too_large(ctx, answer.fields().len(), bytes) {
             return Err(Self::fail(ctx, Reason::GuestHeaderTooLarge));
         }
         let media_type = answer.fields().find(|(name, _)| name.eq_ignore_ascii_case(b"content-type"));
@@ -372,8 +384,8 @@ impl Service {
         let client = match session.as_downstream_mut() {
             ClientSession::H1(client) => client,
             ClientSession::H2(client) => {
-                let Ok(finished) = answer_over_h2(answer, &ctx.request_id) else { return Err(Self::fail(ctx, Reason::GuestBroke)) };
-                return client.write_finished_response(finished, over).map_err(Error::into_down);
+                let Ok(fields) = answer_over_h2(answer, &ctx.request_id) else { return Err(Self::fail(ctx, Reason::GuestBroke)) };
+                return client.write_finished_response(answer.status, fields, over).map_err(Error::into_down);
             }
             ClientSession::Subrequest(_) | ClientSession::Custom(_) => return Err(Self::fail(ctx, Reason::Internal)),
         };
@@ -435,8 +447,14 @@ enum Unpassed {
 struct Unspeakable;
 
 /// The header that the app reads, as it is on the wire, and how the body is framed that follows it. Written out of the
-/// request as it came: to change a copy of it field by field takes several times as long.
-fn request_for_app(request: &RequestHeader, bodyless: bool, request_id: &str) -> Result<(Vec<u8>, RawRequestFraming), Unspeakable> {
+/// request as it came: to change a copy of it field by field takes several times as long. `as_written`: its fields as HTTP/1.1 has
+/// them; those of HTTP/2 are in `request` alone.
+fn request_for_app<'a>(
+    request: &RequestHeader,
+    as_written: Option<impl Iterator<Item = (&'a [u8], &'a [u8])>>,
+    bodyless: bool,
+    request_id: &str,
+) -> Result<(Vec<u8>, RawRequestFraming), Unspeakable> {
     let target = request.raw_path();
     if target.iter().any(|byte| byte.is_ascii_control() || *byte == b' ') {
         return Err(Unspeakable);
@@ -459,18 +477,25 @@ fn request_for_app(request: &RequestHeader, bodyless: bool, request_id: &str) ->
     if let Some(host) = host {
         say(b"Host", host.as_bytes());
     }
-    let each = request.map(|name, value| {
-        // As the client wrote it, or HTTP/1.1's way of writing a name of HTTP/2.
-        let name = match &name {
-            HeaderNameVariant::Case(name) => name.as_slice(),
-            HeaderNameVariant::Titled(name) => name.as_bytes(),
-        };
+    let mut pass = |name: &[u8], value: &[u8]| {
         if !dropped.iter().any(|dropped| name.eq_ignore_ascii_case(dropped.as_str().as_bytes())) {
-            say(name, value.as_bytes());
+            say(name, value);
         }
-        Ok(())
-    });
-    each.map_err(|_| Unspeakable)?;
+    };
+    match as_written {
+        Some(fields) => fields.for_each(|(name, value)| pass(name, value)),
+        None => {
+            // HTTP/1.1's way of writing a name of HTTP/2.
+            let each = request.map(|name, value| {
+                match &name {
+                    HeaderNameVariant::Case(name) => pass(name.as_slice(), value.as_bytes()),
+                    HeaderNameVariant::Titled(name) => pass(name.as_bytes(), value.as_bytes()),
+                }
+                Ok(())
+            });
+            each.map_err(|_| Unspeakable)?;
+        }
+    }
     if let Some(cookie) = cookie {
         say(b"Cookie", cookie.as_bytes());
     }
@@ -532,18 +557,16 @@ fn answer_for_client(answer: &PlainResponse, edge: &Edge<'_>) -> Vec<u8> {
 }
 
 /// The same for a client of HTTP/2.
-fn answer_over_h2(answer: &PlainResponse, request_id: &str) -> http::Result<http::Response<()>> {
+fn answer_over_h2(answer: &PlainResponse, request_id: &str) -> Result<Vec<(HeaderName, HeaderValue)>, InvalidHeaderName> {
     let fields = answer.shared_fields();
-    let mut headers = HeaderMap::with_capacity(fields.len() + 2);
+    let mut finished = Vec::with_capacity(fields.len() + 2);
     for (name, value) in fields {
         if !headers::is_of_http_1(name) && !headers::is_said_by_the_edge(name) {
-            headers.try_append(HeaderName::from_bytes(name)?, value)?;
+            finished.push((HeaderName::from_bytes(name)?, value));
         }
     }
-    headers.try_append(header::DATE, date::get_cached_date())?;
-    headers.try_append(headers::REQUEST_ID_FIELD, headers::request_id(request_id))?;
-    let mut finished = http::Response::new(());
-    (*finished.status_mut(), *finished.headers_mut()) = (answer.status, headers);
+    finished.push((header::DATE, date::get_cached_date()));
+    finished.push((HeaderName::from_static(headers::REQUEST_ID_FIELD), headers::request_id(request_id)));
     Ok(finished)
 }
 
@@ -559,8 +582,19 @@ async fn release(client: &ClientSession) {
 mod tests {
     use super::*;
 
+    /// What is said of a request of HTTP/2, and of the same of HTTP/1.1.
     fn said(request: &RequestHeader, bodyless: bool) -> Result<(String, RawRequestFraming), Unspeakable> {
-        request_for_app(request, bodyless, "the-id").map(|(wire, framing)| (String::from_utf8(wire).unwrap(), framing))
+        let mut fields = Vec::new();
+        let each = request.map(|name, value| {
+            let HeaderNameVariant::Case(name) = name else { return Ok(()) };
+            fields.push((name.as_slice().to_vec(), value.as_bytes().to_vec()));
+            Ok(())
+        });
+        each.unwrap();
+        let as_written = fields.iter().map(|(name, value)| (name.as_slice(), value.as_slice()));
+        let by_fields = request_for_app(request, Some(as_written), bodyless, "the-id");
+        assert_eq!(by_fields, request_for_app(request, None::<std::iter::Empty<_>>, bodyless, "the-id"));
+        by_fields.map(|(wire, framing)| (String::from_utf8(wire).unwrap(), framing))
     }
 
     fn request(method: &str, path: &[u8], fields: &[(&'static str, &'static str)]) -> RequestHeader {

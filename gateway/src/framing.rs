@@ -1,12 +1,12 @@
 //! Rules for a request beyond what its parser enforces: one reading of where its body ends, a bounded header, no tunnels.
 
 use ::config::EdgeLimits;
-use http::{
-    HeaderMap, Method, Uri, Version, header,
-    uri::Scheme,
-};
+use http::{HeaderMap, HeaderName, Method, Uri, Version, header, uri::Scheme};
 
 use crate::reply::Reason;
+
+const OVER_SIZE: HeaderName = HeaderName::from_static("x-h2-over-size");
+const MALFORMED: HeaderName = HeaderName::from_static("x-h2-malformed");
 
 /// How large a request's header may be.
 #[derive(Debug, Clone, Copy)]
@@ -33,7 +33,7 @@ pub(crate) fn check(method: &Method, uri: &Uri, version: Version, headers: &Head
     }
     // Marks of a header that h2 has not kept, and of one that pingora finds malformed (third_party/PATCHES.md). A client that sends
     // them asks for these answers.
-    for (mark, reason) in [("x-h2-over-size", Reason::HeaderTooLarge), ("x-h2-malformed", Reason::MalformedRequest)] {
+    for (mark, reason) in [(&OVER_SIZE, Reason::HeaderTooLarge), (&MALFORMED, Reason::MalformedRequest)] {
         if headers.contains_key(mark) {
             return Err(reason);
         }
@@ -105,7 +105,7 @@ fn raw_has_field(raw: &[u8], name: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use http::{HeaderName, HeaderValue};
+    use http::HeaderValue;
 
     use super::*;
 

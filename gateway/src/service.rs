@@ -108,38 +108,34 @@ enum Afterwards {
 }
 
 impl Service {
-    fn header_limits(&self) -> framing::HeaderLimits {
-        framing::HeaderLimits::of(&self.limits.load())
-    }
-
     /// Everything that is decided before any state is touched.
-    fn permit(&self, session: &Session, handshake: Option<&Handshake>) -> Result<Permit, Reason> {
+    fn permit(&self, session: &Session, ctx: &Context) -> Result<Permit, Reason> {
         let request = session.req_header();
-        let may_open = || match (self.limits.load().max_tokens_per_second, session.client_addr()) {
+        let may_open = || match (ctx.limits.max_tokens_per_second, session.client_addr()) {
             (Some(rate), Some(SocketAddr::Inet(client))) => self.tokens.take(client.ip(), rate, Instant::now()),
             _ => true,
         };
         let controller = self.microvms.get().ok_or(Reason::Internal)?;
         let route = Route::of(&request.uri, &request.headers, &self.domain_suffix);
         let timer = self.metrics.token_open_seconds.start_timer();
-        let permit = Permit::check(&self.keys, controller, route, &request.headers, handshake, SystemClock.wall(), may_open);
+        let permit = Permit::check(&self.keys, controller, route, &request.headers, ctx.handshake.as_ref(), SystemClock.wall(), may_open);
         timer.observe_duration();
         permit
     }
 
-    fn check_body(&self, headers: &HeaderMap) -> Result<(), Reason> {
-        match (self.limits.load().max_body_bytes, framing::stated_length(headers)) {
+    fn check_body(ctx: &Context, headers: &HeaderMap) -> Result<(), Reason> {
+        match (ctx.limits.max_body_bytes, framing::stated_length(headers)) {
             (Some(limit), Some(length)) if length > limit => Err(Reason::BodyTooLarge),
             _ => Ok(()),
         }
     }
 
     /// A place among the shells of its microVM, if the request is one.
-    fn shell(&self, permit: &Permit) -> Result<Option<Share<MicrovmId>>, Reason> {
+    fn shell(&self, ctx: &Context, permit: &Permit) -> Result<Option<Share<MicrovmId>>, Reason> {
         match permit.door() {
             Door::Port(_) => Ok(None),
             Door::Shell => {
-                let limit = self.limits.load().max_shells_per_microvm;
+                let limit = ctx.limits.max_shells_per_microvm;
                 self.shells.take(permit.microvm().id(), 1, limit).map(Some).ok_or(Reason::TooManyShells)
             }
         }
@@ -147,14 +143,8 @@ impl Service {
 
     /// Waits until an earlier process has let go of the microVMs, which takes its grace and a little, and as long as this
     /// process holds requests at all.
-    async fn microvms_are_there(&self, session: &mut Session, ctx: &mut Context) -> Result<(), NotAwake> {
-        if self.microvms.get().is_some() {
-            return Ok(());
-        }
-        let (hold, grace) = {
-            let limits = self.limits.load();
-            (limits.hold, limits.grace)
-        };
+    async fn microvms_come(&self, session: &mut Session, ctx: &mut Context) -> Result<(), NotAwake> {
+        let (hold, grace) = (ctx.limits.hold, ctx.limits.grace);
         tokio::select! {
             biased;
             () = self.microvms.there() => {}
@@ -166,12 +156,22 @@ impl Service {
         Ok(())
     }
 
-    /// Waits for the microVM and keeps its hold in the context.
+    /// Keeps a hold on the microVM in the context; waits for it where it is not awake.
     async fn wake(&self, session: &mut Session, ctx: &mut Context) -> Result<(), NotAwake> {
+        match ctx.permit.as_ref().and_then(|permit| permit.microvm().awake_already()) {
+            Some(awake) => ctx.awake = Some(Arc::new(awake)),
+            // In a box, as is all that few requests come to: each request's future has room for what stands in it.
+            None => Box::pin(self.wait_for(session, ctx)).await?,
+        }
+        Ok(())
+    }
+
+    /// Waits for the microVM and keeps its hold in the context.
+    async fn wait_for(&self, session: &mut Session, ctx: &mut Context) -> Result<(), NotAwake> {
         let permit = ctx.permit.as_ref().ok_or(NotAwake::Refused(Reason::Internal))?;
         let left = async {
-            let limits = self.limits.load_full();
-            let Some(_held) = self.held.enter(permit.microvm().id(), held::weight(session, &limits), &limits) else {
+            let limits = &ctx.limits;
+            let Some(_held) = self.held.enter(permit.microvm().id(), held::weight(session, limits), limits) else {
                 return NotAwake::Refused(Reason::TooManyHeldBytes);
             };
             client_left(session).await;
@@ -349,12 +349,28 @@ impl Service {
     }
 
     /// Whether an answer's header is larger than an app may send.
-    pub(crate) fn answer_too_large(&self, fields: usize, bytes: usize) -> bool {
-        bytes > self.limits.load().max_answer_header_bytes || fields > MAX_ANSWER_FIELDS
+    pub(crate) fn answer_too_large(ctx: &Context, fields: usize, bytes: usize) -> bool {
+        bytes > ctx.limits.max_answer_header_bytes || fields > MAX_ANSWER_FIELDS
     }
 
     /// Where the request goes, once its microVM is awake, and what is spoken there. The begin of a try.
     pub(crate) async fn target(&self, session: &mut Session, ctx: &mut Context) -> Result<Target> {
+        match self.known_target(ctx) {
+            Some(target) => Ok(target),
+            None => Box::pin(self.find_target(session, ctx)).await,
+        }
+    }
+
+    /// The same, where the microVM is awake and it is known whether its app speaks TLS.
+    fn known_target(&self, ctx: &mut Context) -> Option<Target> {
+        let permit = ctx.permit.as_ref().filter(|_| ctx.awake.is_some())?;
+        // The agent speaks no TLS.
+        let plain = (ctx.speaks == Speaks::Shell).then_some(Transport::Plain);
+        let transport = plain.or_else(|| self.peers.transports().known(permit.microvm().id(), permit.port()))?;
+        Self::begin_try(ctx, transport)
+    }
+
+    async fn find_target(&self, session: &mut Session, ctx: &mut Context) -> Result<Target> {
         if ctx.awake.is_none() {
             match self.wake(session, ctx).await {
                 Ok(()) => {}
@@ -362,44 +378,42 @@ impl Service {
                 Err(NotAwake::ClientLeft) => return Err(Self::gone(ctx)),
             }
         }
-        let (Some(awake), Some(permit)) = (&ctx.awake, &ctx.permit) else {
+        if let Some(target) = self.known_target(ctx) {
+            return Ok(target);
+        }
+        let (Some(awake), Some(permit)) = (ctx.awake.clone(), &ctx.permit) else {
             return Err(Self::fail(ctx, Reason::Internal));
         };
-        // What is counted of one try does not count for the next.
-        ctx.bytes_in = 0;
-        ctx.interim = 0;
-        let (id, port, generation) = (permit.microvm().id(), permit.port(), awake.generation());
-        let transport = match self.peers.transports().known(id, port) {
-            // The agent speaks no TLS.
-            _ if ctx.speaks == Speaks::Shell => Transport::Plain,
-            Some(transport) => transport,
-            None => {
-                let (microvm, awake) = (permit.microvm().clone(), awake.clone());
-                let name = self.name_inside(session.req_header());
-                let found = tokio::select! {
-                    // In this order: an answer that is there costs no watch. Either arm may be dropped at any await.
-                    biased;
-                    found = self.peers.transports().of(&microvm, &awake, port, || name) => found,
-                    () = client_left(session) => Err(DialFailure::ClientLeft),
-                };
-                match found {
-                    Ok(transport) => transport,
-                    Err(failure) => {
-                        let mut error = Error::new_up(ErrorType::ConnectError);
-                        self.give_up_or_retry(ctx, failure, &mut error);
-                        return Err(error);
-                    }
-                }
-            }
+        let (microvm, port) = (permit.microvm().clone(), permit.port());
+        let name = self.name_inside(session.req_header());
+        let found = tokio::select! {
+            // In this order: an answer that is there costs no watch. Either arm may be dropped at any await.
+            biased;
+            found = self.peers.transports().of(&microvm, &awake, port, || name) => found,
+            () = client_left(session) => Err(DialFailure::ClientLeft),
         };
+        match found {
+            Ok(transport) => Self::begin_try(ctx, transport).ok_or_else(|| Self::fail(ctx, Reason::Internal)),
+            Err(failure) => {
+                let mut error = Error::new_up(ErrorType::ConnectError);
+                self.give_up_or_retry(ctx, failure, &mut error);
+                Err(error)
+            }
+        }
+    }
+
+    fn begin_try(ctx: &mut Context, transport: Transport) -> Option<Target> {
+        let (awake, permit) = (ctx.awake.as_ref()?, ctx.permit.as_ref()?);
         let speaks = match (ctx.speaks, transport) {
             // An app of TLS has its say.
             (Speaks::Http1, Transport::Tls { h2: true }) => Speaks::Http2,
             (speaks, _) => speaks,
         };
-        let target = Target { microvm: id, port, generation, speaks, transport };
-        ctx.target = Some(target);
-        Ok(target)
+        ctx.target = Some(Target { microvm: permit.microvm().id(), port: permit.port(), generation: awake.generation(), speaks, transport });
+        // What is counted of one try does not count for the next.
+        ctx.bytes_in = 0;
+        ctx.interim = 0;
+        ctx.target
     }
 
     /// The request has its connection to the app.
@@ -412,9 +426,9 @@ impl Service {
             && session.is_http2()
             && !session.as_downstream_mut().is_body_done()
         {
-            ctx.upload = Some(self.watch_upload(awake.clone(), own, ctx.cut.clone()));
+            ctx.upload = Some(self.watch_upload(ctx.limits.body_deadline, awake.clone(), own, ctx.cut.clone()));
         }
-        if let (Some(limit), Speaks::Http1) = (self.limits.load().first_byte_deadline, speaks) {
+        if let (Some(limit), Speaks::Http1) = (ctx.limits.first_byte_deadline, speaks) {
             let (cut, link) = (ctx.cut.clone(), link.clone());
             ctx.first_byte = Some(AbortOnDropHandle::new(self.peers.links().watch(async move {
                 tokio::time::sleep(limit).await;
@@ -443,11 +457,11 @@ impl Service {
     /// Does for an upload over HTTP/2 what a read timeout does over HTTP/1.1: pingora has none for a stream. `link`: the
     /// connection to the guest, where it is this request's alone. One that carries other requests too is not cut; there
     /// the microVM is no longer kept awake, as for any other silent stream.
-    fn watch_upload(&self, awake: Arc<Awake>, link: Option<Arc<Link>>, cut: Arc<OnceLock<Reason>>) -> Watch {
+    fn watch_upload(&self, limit: Duration, awake: Arc<Awake>, link: Option<Arc<Link>>, cut: Arc<OnceLock<Reason>>) -> Watch {
         // A guest that does not read keeps its client from sending.
         let waits_for = link.clone();
         let waits_for_guest = move || waits_for.as_ref().is_some_and(|link| link.is_full());
-        self.watch_silence(self.limits.load().body_deadline, UPLOAD_LOOKS, waits_for_guest, move || match link {
+        self.watch_silence(limit, UPLOAD_LOOKS, waits_for_guest, move || match link {
             Some(link) => {
                 let _ = cut.set(Reason::BodyTimeout);
                 link.cut();
@@ -473,7 +487,7 @@ impl ProxyHttp for Service {
     type CTX = Context;
 
     fn new_ctx(&self) -> Context {
-        Context::new(self.limits.load().hold)
+        Context::new(self.limits.load_full())
     }
 
     /// None: the default one brings compression, which we never do.
@@ -507,11 +521,11 @@ impl ProxyHttp for Service {
         // request there is none: what follows may be the other protocol's bytes, never a request.
         session.set_pipelining_enabled(ctx.handshake.is_none());
         if session.get_keepalive().is_some() {
-            session.set_keepalive(Some(self.limits.load().keepalive.as_secs().max(1)));
+            session.set_keepalive(Some(ctx.limits.keepalive.as_secs().max(1)));
         }
         // A WebSocket may be silent for as long as it likes; pingora would end it after its 60 s read timeout.
-        session.set_read_timeout(ctx.handshake.is_none().then_some(self.limits.load().body_deadline));
-        session.set_write_timeout(Some(self.limits.load().write_deadline));
+        session.set_read_timeout(ctx.handshake.is_none().then_some(ctx.limits.body_deadline));
+        session.set_write_timeout(Some(ctx.limits.write_deadline));
         session.set_total_drain_timeout(Some(SWALLOW_TIME));
         Ok(())
     }
@@ -519,24 +533,26 @@ impl ProxyHttp for Service {
     async fn request_filter(&self, session: &mut Session, ctx: &mut Context) -> Result<bool> {
         let raw = if session.is_http2() { Bytes::new() } else { session.to_h1_raw() };
         let request = session.req_header();
-        let framed = framing::check(&request.method, &request.uri, request.version, &request.headers, &raw, self.header_limits());
+        let framed = framing::check(&request.method, &request.uri, request.version, &request.headers, &raw, framing::HeaderLimits::of(&ctx.limits));
         if let Some(reason) = ctx.malformed.or(framed.err()) {
-            self.refuse(session, ctx, reason, Afterwards::Close).await?;
+            Box::pin(self.refuse(session, ctx, reason, Afterwards::Close)).await?;
             return Ok(true);
         }
-        match self.microvms_are_there(session, ctx).await {
-            Ok(()) => {}
-            Err(NotAwake::Refused(reason)) => {
-                self.refuse(session, ctx, reason, Afterwards::Close).await?;
-                return Ok(true);
+        if self.microvms.get().is_none() {
+            match Box::pin(self.microvms_come(session, ctx)).await {
+                Ok(()) => {}
+                Err(NotAwake::Refused(reason)) => {
+                    Box::pin(self.refuse(session, ctx, reason, Afterwards::Close)).await?;
+                    return Ok(true);
+                }
+                Err(NotAwake::ClientLeft) => return Err(Self::gone(ctx)),
             }
-            Err(NotAwake::ClientLeft) => return Err(Self::gone(ctx)),
         }
         let request = session.req_header();
         let permit = self
-            .permit(session, ctx.handshake.as_ref())
-            .and_then(|permit| self.check_body(&request.headers).map(|()| permit))
-            .and_then(|permit| self.shell(&permit).map(|shell| (permit, shell)));
+            .permit(session, ctx)
+            .and_then(|permit| Self::check_body(ctx, &request.headers).map(|()| permit))
+            .and_then(|permit| self.shell(ctx, &permit).map(|shell| (permit, shell)));
         match permit {
             Ok((permit, shell)) => {
                 if shell.is_some() {
@@ -545,14 +561,14 @@ impl ProxyHttp for Service {
                 (ctx.permit, ctx.shell) = (Some(permit), shell);
             }
             Err(reason) => {
-                self.refuse(session, ctx, reason, Afterwards::KeepIfClean).await?;
+                Box::pin(self.refuse(session, ctx, reason, Afterwards::KeepIfClean)).await?;
                 return Ok(true);
             }
         }
         match self.wake(session, ctx).await {
             Ok(()) => self.exchange(session, ctx).await,
             Err(NotAwake::Refused(reason)) => {
-                self.refuse(session, ctx, reason, Afterwards::KeepIfClean).await?;
+                Box::pin(self.refuse(session, ctx, reason, Afterwards::KeepIfClean)).await?;
                 Ok(true)
             }
             Err(NotAwake::ClientLeft) => Err(Self::gone(ctx)),
@@ -682,7 +698,7 @@ impl ProxyHttp for Service {
             }
             self.metrics.bytes_in.inc_by(length as u64);
             ctx.touch();
-            if !session.was_upgraded() && self.limits.load().max_body_bytes.is_some_and(|limit| ctx.bytes_in > limit) {
+            if !session.was_upgraded() && ctx.limits.max_body_bytes.is_some_and(|limit| ctx.bytes_in > limit) {
                 return Err(Self::fail(ctx, Reason::BodyTooLarge));
             }
         } else if end_of_stream {
@@ -694,7 +710,7 @@ impl ProxyHttp for Service {
     }
 
     async fn upstream_response_filter(&self, session: &mut Session, answer: &mut ResponseHeader, ctx: &mut Context) -> Result<()> {
-        if self.answer_too_large(answer.headers.len(), headers::bytes(&answer.headers)) {
+        if Self::answer_too_large(ctx, answer.headers.len(), headers::bytes(&answer.headers)) {
             return Err(Self::fail(ctx, Reason::GuestHeaderTooLarge));
         }
         if let Err(reason) = websocket::check_switch(answer.status, ctx.handshake.as_ref()) {

@@ -81,9 +81,12 @@ impl Handshake {
             && sole(headers, header::SEC_WEBSOCKET_VERSION) == Some("13")
             && !headers.contains_key(header::TRANSFER_ENCODING)
             && headers.get(header::CONTENT_LENGTH).is_none_or(|length| length == "0");
+        if !real {
+            return None;
+        }
         let key = sole(headers, header::SEC_WEBSOCKET_KEY)?;
         let key_fits = STANDARD.decode(key).is_ok_and(|bytes| bytes.len() == 16);
-        (real && key_fits).then(|| Self { offer: Offer::read(headers), accept: accept(key) })
+        key_fits.then(|| Self { offer: Offer::read(headers), accept: accept(key) })
     }
 
     /// The `Sec-WebSocket-Protocol` the app reads; `None`: no such field.

@@ -185,6 +185,14 @@ impl MicrovmHandle {
         self.seat.view.borrow().clone()
     }
 
+    /// For the request path, where the microVM is awake. Wakes nobody and waits for nothing.
+    pub fn awake_already(&self) -> Option<Awake> {
+        let seat = &self.seat;
+        let hold = seat.activity.enter()?;
+        let live = seat.live.load_full()?;
+        Some(Awake { hold, live, meter: Arc::clone(&seat.meter), woke: None })
+    }
+
     /// For the request path: awake already, or woken now (one wake for all who ask; design §4 rule 2). Dropping the
     /// future gives up the caller's place and does not cancel the wake.
     pub async fn awake(&self, deadline: Instant) -> Result<Awake, Refused> {
@@ -193,13 +201,10 @@ impl MicrovmHandle {
 
     /// The same, and how the wake went for one who waited in vain.
     pub async fn awake_or_why(&self, deadline: Instant) -> Result<Awake, Unwoken> {
-        let seat = &self.seat;
-        if let Some(hold) = seat.activity.enter()
-            && let Some(live) = seat.live.load_full()
-        {
-            return Ok(Awake { hold, live, meter: Arc::clone(&seat.meter), woke: None });
+        if let Some(awake) = self.awake_already() {
+            return Ok(awake);
         }
-
+        let seat = &self.seat;
         // Freed when this future ends or is dropped: a client that leaves frees its place at once.
         let _place = seat.places.try_acquire().map_err(|_| Unwoken::at_once(Refused::Busy))?;
         let _counted = Counted::new(&seat.requests_waiting);

@@ -9,7 +9,8 @@ use crate::{headers::AUTH_FIELD, reply::Reason, websocket::Offer};
 /// same text in both places.
 pub(crate) fn token<'a>(headers: &'a HeaderMap, offer: Option<&'a Offer>) -> Result<&'a str, Reason> {
     let mut fields = headers.get_all(&AUTH_FIELD).iter();
-    let field = fields.next().map(|value| value.to_str().map_err(|_| Reason::TokenUnreadable));
+    // What else is no token is found out where it is opened.
+    let field = fields.next().map(|value| str::from_utf8(value.as_bytes()).map_err(|_| Reason::TokenUnreadable));
     if fields.next().is_some() {
         return Err(Reason::TokenAmbiguous);
     }

@@ -410,7 +410,12 @@ impl Tied {
     /// Of HTTP/1.1: takes all that is written, for [`Link::poll_taken`] to pass on, so that a guest which takes nothing does not
     /// keep its own answer from being read. Whoever writes asks that first, and so keeps one piece of a body here at most.
     fn poll_write_all(&self, cx: &mut Context<'_>, bufs: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
-        let written = if self.link.state().left.is_empty() { self.poll_write_side(cx, |guest, cx| guest.poll_write_vectored(cx, bufs)) } else { Poll::Pending };
+        // Of one piece the kernel makes less ado.
+        let write = |guest: Pin<&mut GuestStream>, cx: &mut Context<'_>| match bufs {
+            [only] => guest.poll_write(cx, only),
+            bufs => guest.poll_write_vectored(cx, bufs),
+        };
+        let written = if self.link.state().left.is_empty() { self.poll_write_side(cx, write) } else { Poll::Pending };
         if written.is_ready() {
             return written;
         }

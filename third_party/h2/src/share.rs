@@ -337,6 +337,17 @@ impl<B: Buf> SendStream<B> {
             .map_err(Into::into)
     }
 
+    /// Dormouse: sends the data if there is a window for all of it now; otherwise returns it.
+    pub fn send_data_at_once(
+        &mut self,
+        data: B,
+        end_of_stream: bool,
+    ) -> Result<Option<B>, crate::Error> {
+        self.inner
+            .send_data_at_once(data, end_of_stream)
+            .map_err(Into::into)
+    }
+
     /// Sends trailers to the remote peer.
     ///
     /// Sending trailers implicitly closes the send stream. Once the send stream

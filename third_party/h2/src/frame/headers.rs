@@ -84,12 +84,18 @@ pub struct Iter {
 
     /// Header fields
     fields: header::IntoIter<HeaderValue>,
+
+    /// Dormouse: header fields that follow in their order
+    listed: std::vec::IntoIter<(HeaderName, HeaderValue)>,
 }
 
 #[derive(Debug, PartialEq, Eq)]
 struct HeaderBlock {
     /// The decoded header fields
     fields: HeaderMap,
+
+    /// Dormouse: fields to be sent after those of the map (PATCHES.md)
+    listed: Vec<(HeaderName, HeaderValue)>,
 
     /// Precomputed size of all of our header fields, for perf reasons
     field_size: usize,
@@ -124,11 +130,23 @@ impl Headers {
             header_block: HeaderBlock {
                 field_size: calculate_headermap_size(&fields),
                 fields,
+                listed: Vec::new(),
                 is_over_size: false,
                 pseudo,
             },
             flags: HeadersFlag::default(),
         }
+    }
+
+    /// Dormouse: a frame to be sent whose fields are a list
+    pub fn listed(
+        stream_id: StreamId,
+        pseudo: Pseudo,
+        listed: Vec<(HeaderName, HeaderValue)>,
+    ) -> Self {
+        let mut headers = Headers::new(stream_id, pseudo, HeaderMap::new());
+        headers.header_block.listed = listed;
+        headers
     }
 
     pub fn trailers(stream_id: StreamId, fields: HeaderMap) -> Self {
@@ -141,6 +159,7 @@ impl Headers {
             header_block: HeaderBlock {
                 field_size: calculate_headermap_size(&fields),
                 fields,
+                listed: Vec::new(),
                 is_over_size: false,
                 pseudo: Pseudo::default(),
             },
@@ -206,6 +225,7 @@ impl Headers {
             header_block: HeaderBlock {
                 fields: HeaderMap::new(),
                 field_size: 0,
+                listed: Vec::new(),
                 is_over_size: false,
                 pseudo: Pseudo::default(),
             },
@@ -297,7 +317,7 @@ impl Headers {
 
 impl<T> From<Headers> for Frame<T> {
     fn from(src: Headers) -> Self {
-        Frame::Headers(src)
+        Frame::Headers(Box::new(src))
     }
 }
 
@@ -366,6 +386,7 @@ impl PushPromise {
             header_block: HeaderBlock {
                 field_size: calculate_headermap_size(&fields),
                 fields,
+                listed: Vec::new(),
                 is_over_size: false,
                 pseudo,
             },
@@ -457,6 +478,7 @@ impl PushPromise {
             header_block: HeaderBlock {
                 fields: HeaderMap::new(),
                 field_size: 0,
+                listed: Vec::new(),
                 is_over_size: false,
                 pseudo: Pseudo::default(),
             },
@@ -525,7 +547,7 @@ impl PushPromise {
 
 impl<T> From<PushPromise> for Frame<T> {
     fn from(src: PushPromise) -> Self {
-        Frame::PushPromise(src)
+        Frame::PushPromise(Box::new(src))
     }
 }
 
@@ -744,9 +766,14 @@ impl Iterator for Iter {
 
         self.pseudo = None;
 
-        self.fields
-            .next()
-            .map(|(name, value)| Field { name, value })
+        if let Some((name, value)) = self.fields.next() {
+            return Some(Field { name, value });
+        }
+
+        self.listed.next().map(|(name, value)| Field {
+            name: Some(name),
+            value,
+        })
     }
 }
 
@@ -995,6 +1022,7 @@ impl HeaderBlock {
         let headers = Iter {
             pseudo: Some(self.pseudo),
             fields: self.fields.into_iter(),
+            listed: self.listed.into_iter(),
         };
 
         encoder.encode(headers, &mut hpack);

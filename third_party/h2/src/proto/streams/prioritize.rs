@@ -141,6 +141,14 @@ impl Prioritize {
         self.pending_open.push(stream);
     }
 
+    /// Dormouse: whether as much data can be sent at once, by the stream's window and the connection's.
+    pub fn has_room(&self, sz: usize, stream: &store::Ptr) -> bool {
+        stream.buffered_send_data == 0
+            && stream.send_flow.window_size() as usize >= sz
+            && self.flow.available() >= sz
+            && self.max_buffer_size >= sz
+    }
+
     /// Send a data frame
     pub fn send_data<B>(
         &mut self,

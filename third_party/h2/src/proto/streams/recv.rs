@@ -60,10 +60,11 @@ pub(super) struct Recv {
 
 #[derive(Debug)]
 pub(super) enum Event {
-    Headers(peer::PollMessage),
+    // Dormouse: boxed, so that events are as small as those of data (PATCHES.md).
+    Headers(Box<peer::PollMessage>),
     Data(DataEvent),
     Trailers(HeaderMap),
-    InformationalHeaders(peer::PollMessage),
+    InformationalHeaders(Box<peer::PollMessage>),
 }
 
 #[derive(Debug)]
@@ -154,7 +155,7 @@ impl Recv {
     /// The caller ensures that the frame represents headers and not trailers.
     pub fn recv_headers(
         &mut self,
-        frame: frame::Headers,
+        frame: Box<frame::Headers>,
         stream: &mut store::Ptr,
         counts: &mut Counts,
     ) -> Result<(), RecvHeaderBlockError> {
@@ -271,7 +272,7 @@ impl Recv {
             // Push the frame onto the stream's recv buffer
             stream
                 .pending_recv
-                .push_back(&mut self.buffer, Event::Headers(message));
+                .push_back(&mut self.buffer, Event::Headers(Box::new(message)));
             stream.notify_recv();
 
             // Only servers can receive a headers frame that initiates the stream.
@@ -294,7 +295,7 @@ impl Recv {
             // with a special event type so it can be polled separately
             stream
                 .pending_recv
-                .push_back(&mut self.buffer, Event::InformationalHeaders(message));
+                .push_back(&mut self.buffer, Event::InformationalHeaders(Box::new(message)));
             stream.notify_recv();
         }
 
@@ -311,7 +312,10 @@ impl Recv {
         use super::peer::PollMessage::*;
 
         match stream.pending_recv.pop_front(&mut self.buffer) {
-            Some(Event::Headers(Server(request))) => request,
+            Some(Event::Headers(message)) => match *message {
+                Server(request) => request,
+                Client(_) => unreachable!("a server reads no responses"),
+            },
             _ => unreachable!("server stream queue must start with Headers"),
         }
     }
@@ -327,7 +331,10 @@ impl Recv {
         let mut ppp = stream.pending_push_promises.take();
         let pushed = ppp.pop(stream.store_mut()).map(|mut pushed| {
             match pushed.pending_recv.pop_front(&mut self.buffer) {
-                Some(Event::Headers(Server(headers))) => (headers, pushed.key()),
+                Some(Event::Headers(message)) => match *message {
+                    Server(headers) => (headers, pushed.key()),
+                    Client(_) => panic!("Headers not set on pushed stream"),
+                },
                 // When frames are pushed into the queue, it is verified that
                 // the first frame is a HEADERS frame.
                 _ => panic!("Headers not set on pushed stream"),
@@ -359,7 +366,10 @@ impl Recv {
         // Skip over any interim informational headers to find the main response
         loop {
             match stream.pending_recv.pop_front(&mut self.buffer) {
-                Some(Event::Headers(Client(response))) => return Poll::Ready(Ok(response)),
+                Some(Event::Headers(message)) => match *message {
+                    Client(response) => return Poll::Ready(Ok(response)),
+                    Server(_) => panic!("poll_response called by a server"),
+                },
                 Some(Event::InformationalHeaders(_)) => {
                     tracing::trace!("Skipping informational response in poll_response - should be consumed via poll_informational; stream_id={:?}", stream.id);
                     continue;
@@ -393,17 +403,18 @@ impl Recv {
         // If it's not, we put it back
         if let Some(event) = stream.pending_recv.pop_front(&mut self.buffer) {
             match event {
-                Event::Headers(Client(response)) => {
+                Event::Headers(message) => {
                     // Final response
                     stream
                         .pending_recv
-                        .push_front(&mut self.buffer, Event::Headers(Client(response)));
+                        .push_front(&mut self.buffer, Event::Headers(message));
                     return Poll::Ready(None);
                 }
-                Event::InformationalHeaders(Client(response)) => {
+                Event::InformationalHeaders(message) => match *message {
                     // Found an informational response, return it
-                    return Poll::Ready(Some(Ok(response)));
-                }
+                    Client(response) => return Poll::Ready(Some(Ok(response))),
+                    Server(_) => panic!("poll_informational called by a server"),
+                },
                 other => {
                     // Not an informational response, put it back at the front
                     stream.pending_recv.push_front(&mut self.buffer, other);
@@ -425,7 +436,7 @@ impl Recv {
     /// Transition the stream based on receiving trailers
     pub fn recv_trailers(
         &mut self,
-        frame: frame::Headers,
+        frame: Box<frame::Headers>,
         stream: &mut store::Ptr,
     ) -> Result<(), Error> {
         // Transition the state
@@ -878,7 +889,7 @@ impl Recv {
         use super::peer::PollMessage::*;
         stream
             .pending_recv
-            .push_back(&mut self.buffer, Event::Headers(Server(req)));
+            .push_back(&mut self.buffer, Event::Headers(Box::new(Server(req))));
         stream.notify_recv();
         stream.notify_push();
         Ok(())

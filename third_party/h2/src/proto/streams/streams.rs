@@ -326,7 +326,7 @@ where
         let mut stream = me.store.insert(stream.id, stream);
 
         let sent = me.actions.send.send_headers(
-            headers,
+            Box::new(headers),
             send_buffer,
             &mut stream,
             &mut me.counts,
@@ -389,7 +389,7 @@ impl<B> DynStreams<'_, B> {
     }
 
     /// Reports whether the connection must refuse the stream opened by the peer.
-    pub fn recv_headers(&mut self, frame: frame::Headers) -> Result<RecvOutcome, Error> {
+    pub fn recv_headers(&mut self, frame: Box<frame::Headers>) -> Result<RecvOutcome, Error> {
         let mut me = self.inner.lock().unwrap();
 
         me.recv_headers(self.peer, self.send_buffer, frame)
@@ -471,7 +471,7 @@ impl Inner {
         &mut self,
         peer: peer::Dyn,
         send_buffer: &SendBuffer<B>,
-        frame: frame::Headers,
+        frame: Box<frame::Headers>,
     ) -> Result<RecvOutcome, Error> {
         let id = frame.stream_id();
 
@@ -564,7 +564,7 @@ impl Inner {
                             resp.set_end_stream();
                             let mut send_buffer = send_buffer.inner.lock().unwrap();
                             let sent = actions.send.send_headers(
-                                resp, &mut send_buffer, stream, counts, &mut actions.task);
+                                Box::new(resp), &mut send_buffer, stream, counts, &mut actions.task);
                             debug_assert!(sent.is_ok(), "oversize response should not fail");
 
                             actions.send.schedule_implicit_reset(
@@ -1190,6 +1190,33 @@ where
 // ===== impl StreamRef =====
 
 impl<B> StreamRef<B> {
+    /// Dormouse: `send_data`, if there is a window for all of it; otherwise the data again.
+    pub fn send_data_at_once(&mut self, data: B, end_stream: bool) -> Result<Option<B>, UserError>
+    where
+        B: Buf,
+    {
+        let mut me = self.opaque.inner.lock().unwrap();
+        let me = &mut *me;
+
+        let stream = me.store.resolve(self.opaque.key);
+        let actions = &mut me.actions;
+        if !actions.send.has_room(data.remaining(), &stream) {
+            return Ok(Some(data));
+        }
+        let mut send_buffer = self.send_buffer.inner.lock().unwrap();
+        let send_buffer = &mut *send_buffer;
+
+        me.counts.transition(stream, |counts, stream| {
+            let mut frame = frame::Data::new(stream.id, data);
+            frame.set_end_stream(end_stream);
+
+            actions
+                .send
+                .send_data(frame, send_buffer, stream, counts, &mut actions.task)
+                .map(|()| None)
+        })
+    }
+
     pub fn send_data(&mut self, data: B, end_stream: bool) -> Result<(), UserError>
     where
         B: Buf,
@@ -1295,6 +1322,34 @@ impl<B> StreamRef<B> {
         })
     }
 
+    /// Dormouse: `send_response` of a header that is a list, none of whose fields HTTP/2 forbids.
+    pub fn send_listed_response(
+        &mut self,
+        status: http::StatusCode,
+        fields: Vec<(http::HeaderName, http::HeaderValue)>,
+        end_of_stream: bool,
+    ) -> Result<(), UserError> {
+        let mut me = self.opaque.inner.lock().unwrap();
+        let me = &mut *me;
+
+        let stream = me.store.resolve(self.opaque.key);
+        let actions = &mut me.actions;
+        let mut send_buffer = self.send_buffer.inner.lock().unwrap();
+        let send_buffer = &mut *send_buffer;
+
+        me.counts.transition(stream, |counts, stream| {
+            let pseudo = frame::Pseudo::response(status);
+            let mut frame = Box::new(frame::Headers::listed(stream.id, pseudo, fields));
+            if end_of_stream {
+                frame.set_end_stream();
+            }
+
+            actions
+                .send
+                .send_headers(frame, send_buffer, stream, counts, &mut actions.task)
+        })
+    }
+
     pub fn send_response(
         &mut self,
         mut response: Response<()>,
@@ -1315,7 +1370,7 @@ impl<B> StreamRef<B> {
 
             actions
                 .send
-                .send_headers(frame, send_buffer, stream, counts, &mut actions.task)
+                .send_headers(Box::new(frame), send_buffer, stream, counts, &mut actions.task)
         })
     }
 

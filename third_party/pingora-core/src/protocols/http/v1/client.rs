@@ -71,7 +71,10 @@ impl PlainResponse {
     pub fn shared_fields(&self) -> impl ExactSizeIterator<Item = (&[u8], HeaderValue)> {
         let get = |field: &KVRef| {
             let value = field.get_value_bytes(&self.head);
-            (field.get_name(&self.head), pingora_http::header_value_from_raw(value))
+            // SAFETY: httparse has read it, so that there is no control character in it but HTAB and the end of a line, and
+            // `PlainFraming::of` has found that there is none of those.
+            let value = unsafe { HeaderValue::from_maybe_shared_unchecked(value) };
+            (field.get_name(&self.head), value)
         };
         self.fields.iter().map(get)
     }
@@ -95,17 +98,18 @@ struct PlainFraming {
 }
 
 impl PlainFraming {
-    /// `None` if anything is unusual about the response: then it is read as any other.
-    fn of(resp: &httparse::Response) -> Option<Self> {
+    /// `None` if anything is unusual about the response: then it is read as any other. `head`: all of it, as it was read.
+    fn of(resp: &httparse::Response, head: &[u8]) -> Option<Self> {
         let status = resp.code.and_then(|code| StatusCode::from_u16(code).ok())?;
         if status.is_informational() || resp.version != Some(1) {
             return None;
         }
+        // The status line, the fields and the empty line: in no value does a line end.
+        if memchr::memchr_iter(b'\n', head).count() != resp.headers.len() + 2 {
+            return None;
+        }
         let (mut content_length, mut chunked, mut connection) = (None, false, None);
         for field in resp.headers.iter() {
-            if field.value.iter().any(|byte| matches!(byte, b'\r' | b'\n' | 0)) {
-                return None;
-            }
             match field.name.len() {
                 0 => return None,
                 10 if field.name.eq_ignore_ascii_case("connection") => {
@@ -494,7 +498,7 @@ impl HttpSession {
                         let _num_headers = populate_headers(base, &mut header_refs, resp.headers);
 
                         if self.plain_responses {
-                            if let Some(framing) = PlainFraming::of(&resp) {
+                            if let Some(framing) = PlainFraming::of(&resp, &self.response_header_read_buf[..s]) {
                                 let reason = resp.reason.map_or(BufRef(0, 0), |reason| {
                                     let start = reason.as_ptr() as usize;
                                     // An empty one may be a constant of the parser's.

@@ -92,6 +92,8 @@ pub struct HttpSession {
     buf: Bytes,
     /// A slice reference to `buf` which points to the exact range of request header
     raw_header: Option<BufRef>,
+    /// Where the fields of the header are in `buf`
+    field_refs: Vec<KVRef>,
     /// Request bytes read beyond the header, owned separately so they can move through the body
     /// reader and into the next pipelined session without copying.
     preread_body: Option<BytesMut>,
@@ -187,6 +189,7 @@ impl HttpSession {
             underlying_stream,
             buf: Bytes::new(), // zero size, with be replaced by parsed header later
             raw_header: None,
+            field_refs: Vec::new(),
             preread_body: None,
             body_reader: BodyReader::new(false),
             body_writer: BodyWriter::new(),
@@ -361,7 +364,16 @@ impl HttpSession {
                         // while header_refs doesn't as it is still empty
                         let _num_headers = populate_headers(base, &mut header_refs, req.headers);
 
-                        let mut request_header = Box::new(RequestHeader::build(
+                        // Names as they were written are in the fields themselves. Who is handed the header to write it anew, as
+                        // that of an upgrade, needs them beside it.
+                        let written_anew = !req.path.unwrap_or("").starts_with('/')
+                            || req.headers.iter().any(|field| field.name.eq_ignore_ascii_case("upgrade"));
+                        let build = if written_anew {
+                            RequestHeader::build
+                        } else {
+                            RequestHeader::build_no_case
+                        };
+                        let mut request_header = Box::new(build(
                             req.method.unwrap_or(""),
                             // we path httparse to allow unsafe bytes in the str
                             req.path.unwrap_or("").as_bytes(),
@@ -394,7 +406,7 @@ impl HttpSession {
                         };
                         let buf = buf.freeze();
 
-                        for header in header_refs {
+                        for header in &header_refs {
                             let header_name = header.get_name_bytes(&buf);
                             let header_name = header_name.into_case_header_name();
                             let value_bytes = header.get_value_bytes(&buf);
@@ -426,6 +438,7 @@ impl HttpSession {
                         }
 
                         self.buf = buf;
+                        self.field_refs = header_refs;
                         self.preread_body = Some(preread_body);
                         self.request_header = Some(request_header);
 
@@ -493,6 +506,12 @@ impl HttpSession {
         }
 
         Ok(())
+    }
+
+    /// The fields of the request as they came: names as they were written, and values
+    pub fn fields_as_written(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
+        let get = |field: &KVRef| (field.get_name(&self.buf), field.get_value(&self.buf));
+        self.field_refs.iter().map(get)
     }
 
     /// Return a reference of the `RequestHeader` this session read

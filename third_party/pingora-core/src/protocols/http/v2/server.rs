@@ -137,7 +137,7 @@ pub(crate) async fn accept_downstream_sessions<F>(
     idle_timeout: Option<Duration>,
     mut on_session: F,
 ) where
-    F: FnMut(HttpSession, StreamGuard),
+    F: FnMut(Box<HttpSession>, StreamGuard),
 {
     let mut shutdown_initiated = false;
     // Per-connection budget for malformed streams (see MAX_MALFORMED_STREAMS_PER_CONN).
@@ -303,7 +303,7 @@ pub struct HttpSession {
 #[allow(clippy::large_enum_variant)]
 pub enum H2Accept {
     /// A new request stream was established and is ready to be served.
-    Session(HttpSession),
+    Session(Box<HttpSession>),
     /// The next stream was rejected during acceptance (for example, its request
     /// target contained a forbidden byte) and has already been answered or
     /// reset. Sibling streams and the connection are unaffected; the caller
@@ -479,7 +479,7 @@ impl HttpSession {
             request_header.insert_header("x-h2-malformed", "1")?;
         }
 
-        Ok(Some(H2Accept::Session(HttpSession {
+        Ok(Some(H2Accept::Session(Box::new(HttpSession {
             request_header,
             request_body_reader,
             send_response,
@@ -492,7 +492,7 @@ impl HttpSession {
             digest,
             write_timeout: None,
             total_drain_timeout: None,
-        })))
+        }))))
     }
 
     /// The request sent from the client
@@ -606,7 +606,12 @@ impl HttpSession {
     // not here.
 
     /// Write a response header that has all it is to have, and nothing of HTTP/1.
-    pub fn write_finished_response(&mut self, response: Response<()>, end: bool) -> Result<()> {
+    pub fn write_finished_response(
+        &mut self,
+        status: http::StatusCode,
+        fields: Vec<(http::HeaderName, http::HeaderValue)>,
+        end: bool,
+    ) -> Result<()> {
         if self.ended {
             return Ok(());
         }
@@ -614,11 +619,14 @@ impl HttpSession {
             warn!("Response header is already sent, cannot send again");
             return Ok(());
         }
-        let written = Box::new(ResponseHeader::build_no_case(response.status(), Some(0))?);
-        let body_writer = self.send_response.send_response(response, end).or_err(
-            ErrorType::WriteError,
-            "while writing h2 response to downstream",
-        )?;
+        let written = Box::new(ResponseHeader::build_no_case(status, Some(0))?);
+        let body_writer = self
+            .send_response
+            .send_listed_response(status, fields, end)
+            .or_err(
+                ErrorType::WriteError,
+                "while writing h2 response to downstream",
+            )?;
         self.response_written = Some(written);
         self.send_response_body = Some(body_writer);
         self.ended = end;
@@ -677,6 +685,23 @@ impl HttpSession {
 
     /// Write response body to the client. See [Self::write_response_header] for how to use `end`.
     pub async fn write_body(&mut self, data: Bytes, end: bool) -> Result<()> {
+        // What there is a window for needs no wait, and no timeout of it
+        let data = match self.send_response_body.as_mut() {
+            Some(writer) if !self.ended && !data.is_empty() => {
+                let length = data.len();
+                let left = writer
+                    .send_data_at_once(data, end)
+                    .or_err(ErrorType::WriteError, "while writing h2 request body")
+                    .map_err(|e| e.into_down())?;
+                let Some(data) = left else {
+                    self.body_sent += length;
+                    self.ended = end;
+                    return Ok(());
+                };
+                data
+            }
+            _ => data,
+        };
         match self.write_timeout {
             Some(t) => match timeout(t, self.do_write_body(data, end)).await {
                 Ok(res) => res,
