@@ -124,6 +124,10 @@ impl Socket {
     fn poll_send_with_tickets(&mut self, cx: &mut Context<'_>, bufs: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
         let length = bufs.iter().map(|buf| buf.len()).sum();
         if self.tickets.as_mut().is_some_and(|tickets| tickets.hold(bufs)) {
+            // The acknowledgement of its Finished, which they would have taken along. A client that sends no small segment before
+            // it has it (Nagle's algorithm) would send its first request 40 ms late (tcp(7), TCP_QUICKACK). Where it cannot be
+            // asked for, that is what happens.
+            let _ = rustix::net::sockopt::set_tcp_quickack(&*self.tcp, true);
             return Poll::Ready(Ok(length));
         }
         while let Some(held) = self.tickets.as_mut().and_then(Tickets::take) {
