@@ -28,7 +28,7 @@ use tokio::{
     time::{Instant, Sleep},
 };
 
-use crate::{Limits, access_log::{AccessLog, Entry}, drain::Traffic, framing::HeaderLimits, h2_refusals::Outgoing, meter::HeaderMeter, metrics::{DrainCut, Metrics, Protocol}, reply::Reason, socket::Socket};
+use crate::{Limits, access_log::{AccessLog, Entry}, drain::Traffic, framing::HeaderLimits, headers::new_request_id, h2_refusals::Outgoing, meter::HeaderMeter, metrics::{DrainCut, Metrics, Protocol}, reply::Reason, socket::Socket};
 
 /// After the last answer on a connection that is closed with input unread: what still comes is read and thrown away until
 /// nothing has come for this long, so that the close does not reach the client as a reset that overtakes the answer. A
@@ -93,7 +93,7 @@ pub(crate) struct GuardSettings {
 impl GuardSettings {
     /// Counts and logs what was refused before it became a request. Returns the id that it has in the log.
     fn refused(&self, client: &Socket, protocol: Protocol, status: Option<u16>, reason: Reason) -> String {
-        let request_id = uuid::Uuid::new_v4().to_string();
+        let request_id = new_request_id();
         self.metrics.refusal(reason);
         self.metrics.request(protocol, status);
         self.log.say(&Entry { protocol, status, ..Entry::unparsed(&request_id, client.peer(), reason) });
@@ -437,7 +437,7 @@ impl AsyncWrite for Guarded {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if self.held.get_mut().is_ok_and(|held| !held.is_empty()) {
+        if !self.held.get_mut().unwrap_or_else(PoisonError::into_inner).is_empty() {
             let released = self.poll_release(cx);
             ready!(self.noted(released))?;
         }

@@ -13,6 +13,7 @@ use tokio_util::task::AbortOnDropHandle;
 use crate::{
     auth::permit::Permit,
     drain::InFlight,
+    headers::new_request_id,
     metrics::{Open, Protocol, StreamKind},
     reply::{Asker, Reason},
     tally::Share,
@@ -107,7 +108,7 @@ impl Context {
     pub fn new(limits: Arc<EdgeLimits>) -> Self {
         let begun = Instant::now();
         Self {
-            request_id: uuid::Uuid::new_v4().hyphenated().encode_lower(&mut uuid::Uuid::encode_buffer()).to_owned(),
+            request_id: new_request_id(),
             begun,
             protocol: Protocol::Http1,
             open: None,

@@ -1,6 +1,7 @@
 //! Which header fields cross the edge: reserved ones out, cookies joined, sizes counted.
 
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use uuid::Uuid;
 
 /// The token's field.
 pub(crate) static AUTH_FIELD: HeaderName = HeaderName::from_static("x-aws-proxy-auth");
@@ -13,6 +14,11 @@ pub(crate) static REASON_FIELD: HeaderName = HeaderName::from_static(REASON_NAME
 const REASON_NAME: &str = "x-dormouse-reason";
 /// Names a request, towards the app and towards the client.
 pub(crate) const REQUEST_ID_FIELD: &str = "x-amzn-requestid";
+
+/// An id for a request that has just come.
+pub(crate) fn new_request_id() -> String {
+    Uuid::new_v4().hyphenated().encode_lower(&mut Uuid::encode_buffer()).to_owned()
+}
 
 /// The value of [`REQUEST_ID_FIELD`]. HTTP/2 keeps it in no table (RFC 7541 §6.2.3): it never comes again, and to look for each
 /// among all those before it was most of the work of writing an answer's header.

@@ -183,14 +183,6 @@ impl Encoder {
             Index::NotIndexed(_) => {
                 let header = self.table.resolve(index);
 
-                // Dormouse: what is in no table because it is another one each time, such as an id, is hardly shorter
-                // by Huffman's code (PATCHES.md).
-                if header.is_sensitive() {
-                    dst.put_u8(0b10000);
-                    encode_plain_str(header.name().as_slice(), dst);
-                    encode_plain_str(header.value_slice(), dst);
-                    return;
-                }
                 encode_not_indexed2(
                     header.name().as_slice(),
                     header.value_slice(),
@@ -252,13 +244,16 @@ fn encode_not_indexed(name: usize, value: &[u8], sensitive: bool, dst: &mut Byte
 
 fn encode_not_indexed2(name: &[u8], value: &[u8], sensitive: bool, dst: &mut BytesMut) {
     if sensitive {
+        // Dormouse: what is in no table because it is another one each time, such as an id, is hardly shorter by
+        // Huffman's code (PATCHES.md).
         dst.put_u8(0b10000);
+        encode_plain_str(name, dst);
+        encode_plain_str(value, dst);
     } else {
         dst.put_u8(0);
+        encode_str(name, dst);
+        encode_str(value, dst);
     }
-
-    encode_str(name, dst);
-    encode_str(value, dst);
 }
 
 /// A string as it is (RFC 7541 §5.2).

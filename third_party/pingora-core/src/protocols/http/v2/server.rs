@@ -298,9 +298,7 @@ pub struct HttpSession {
 /// Returned by [`HttpSession::from_h2_conn`] so the accept loop can react to a
 /// rejected stream without tearing down the whole connection.
 ///
-/// The session is stored inline to avoid a heap allocation for every accepted
-/// HTTP/2 stream.
-#[allow(clippy::large_enum_variant)]
+/// Dormouse: the session is in the box that it stays in (PATCHES.md).
 pub enum H2Accept {
     /// A new request stream was established and is ready to be served.
     Session(Box<HttpSession>),
@@ -691,7 +689,7 @@ impl HttpSession {
                 let length = data.len();
                 let left = writer
                     .send_data_at_once(data, end)
-                    .or_err(ErrorType::WriteError, "while writing h2 request body")
+                    .or_err(ErrorType::WriteError, "while writing h2 response body")
                     .map_err(|e| e.into_down())?;
                 let Some(data) = left else {
                     self.body_sent += length;
