@@ -7,8 +7,6 @@ import threading
 import grpc
 import pytest
 
-from harness.waiting import eventually
-
 SERVICE = "/dormouse.Echo/"
 PORT = 50051
 
@@ -112,18 +110,6 @@ def test_a_call_wakes_a_sleeper(node, vm):
     assert node.wakes() == wakes + 1
 
 
-def put_to_sleep(vm):
-    """Asks for it until it sleeps: bytes that HTTP/2 itself has for the app while it falls asleep take the suspend back, and nobody
-    asks again (docs/behaviour). Seen once in 308 conversations; most likely the answer to a PING, by which gRPC measures the path."""
-    def asleep():
-        state = vm.view()["state"]
-        if state == "RUNNING":
-            vm.node.client().suspend_microvm(microvmIdentifier=vm.id)
-        return state == "SUSPENDED"
-
-    eventually(f"{vm.id} to be SUSPENDED", asleep, within=60)
-
-
 def test_a_conversation_outlives_a_sleep(node, vm):
     """The stream is parked: the node keeps its end, the guest keeps the other in its frozen memory."""
     slept = threading.Event()
@@ -136,7 +122,7 @@ def test_a_conversation_outlives_a_sleep(node, vm):
     with Caller(vm) as caller:
         answers = caller.stream_stream("Chat", questions())
         assert next(answers) == b"1:before"
-        put_to_sleep(vm)
+        vm.suspend()
         slept.set()
         assert next(answers) == b"2:after"
         assert list(answers) == []

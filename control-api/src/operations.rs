@@ -138,7 +138,7 @@ fn terminated(handle: &MicrovmHandle) -> ApiError {
 }
 
 fn has_ended(handle: &MicrovmHandle) -> bool {
-    matches!(handle.view().state, MicrovmState::Terminating | MicrovmState::Terminated)
+    matches!(handle.state(), MicrovmState::Terminating | MicrovmState::Terminated)
 }
 
 /// What the caller of a suspend or resume reads when it was not done.

@@ -185,6 +185,11 @@ impl MicrovmHandle {
         self.seat.view.borrow().clone()
     }
 
+    /// Of the same, what the API shows.
+    pub fn state(&self) -> MicrovmState {
+        self.seat.view.borrow().state
+    }
+
     /// For the request path, where the microVM is awake. Wakes nobody and waits for nothing.
     pub fn awake_already(&self) -> Option<Awake> {
         let seat = &self.seat;
@@ -266,7 +271,7 @@ impl MicrovmHandle {
 
     /// What it means that the driver has gone: its microVM has, or the node is going.
     fn nobody_drives(&self) -> Refused {
-        match self.seat.view.borrow().state {
+        match self.state() {
             MicrovmState::Terminating | MicrovmState::Terminated => Refused::Terminated,
             MicrovmState::Pending | MicrovmState::Running | MicrovmState::Suspending | MicrovmState::Suspended => {
                 Refused::StartFailed { reason: CLOSING.to_owned() }

@@ -96,18 +96,34 @@ fn the_kvm_engine_conforms_on_emulated_hardware() {
     // The outer guest boots the same kernel with the same modules, and another init.
     let init = static_program("tests/nested/init.rs", &work.path().join("init"));
     let outer = guest_kit::assemble(&kernel_dir(), &init, &work.path().join("outer")).unwrap();
-    let mut code = String::new();
     for attempt in ["first", "second", "third", "fourth"] {
         let place = work.path().join(attempt);
         fs::create_dir(&place).unwrap();
         let disk = place.join("outer.ext4");
         outer_disk(&place.join("tree"), &place, &kit, &[(&test, "conformance"), (&built("dormouse-vmm"), "dormouse-vmm")], &disk);
-        let ended = run(&outer, &disk);
-        code = ended.code;
-        let Some(sign) = ended.emulator_fault.filter(|_| code != "0") else { break };
-        let _ = std::io::Write::write_fmt(&mut std::io::stderr(), format_args!("ATTENTION: the {attempt} run on emulated hardware failed with a {sign:?}, see EMULATOR_FAULTS in vmm-runtime/tests/nested.rs\n"));
+        let log = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("nested-{attempt}.log"));
+        let (said, end) = run(&outer, &disk);
+        fs::write(&log, said.join("\n") + "\n").unwrap();
+        if end == End::Code("0".to_owned()) {
+            return;
+        }
+        let fault = EMULATOR_FAULTS.into_iter().find(|sign| said.iter().any(|line| line.contains(sign)));
+        let Some(sign) = fault.filter(|_| attempt != "fourth" && end != End::TooLate) else {
+            println!("{}", what_matters(&said).join("\n"));
+            panic!("the kvm engine does not conform: the {attempt} run on emulated hardware ended with {end:?}; what it said of it stands above, and all of it in {}", log.display());
+        };
+        let _ = std::io::Write::write_fmt(
+            &mut std::io::stderr(),
+            format_args!("ATTENTION: the {attempt} run on emulated hardware failed with a {sign:?}, see EMULATOR_FAULTS in vmm-runtime/tests/nested.rs; what it said is in {}\n", log.display()),
+        );
     }
-    assert_eq!(code, "0", "the kvm engine does not conform; what it said stands above");
+}
+
+/// Of thousands of lines those that a failure is read from: each panic with what stands around it, and the end.
+fn what_matters(said: &[String]) -> Vec<&str> {
+    let of_panic = |at: usize| said[at.saturating_sub(5)..(at + 40).min(said.len())].iter().any(|line| line.contains("panicked at"));
+    let matters = |at: &usize| *at + 40 >= said.len() || of_panic(*at);
+    (0..said.len()).filter(matters).map(|at| said[at].as_str()).collect()
 }
 
 /// What was seen of guests (at a restore, with the very image that is restored well hundreds of times) and of the outer kernel,
@@ -127,9 +143,14 @@ fn the_kvm_engine_conforms_on_emulated_hardware() {
 const EMULATOR_FAULTS: [&str; 2] = ["triple fault", "soft lockup"];
 
 /// How an outer guest ended.
-struct Ended {
-    code: String,
-    emulator_fault: Option<&'static str>,
+#[derive(Debug, PartialEq, Eq)]
+enum End {
+    /// The test program did, with this exit code.
+    Code(String),
+    /// QEMU did, and the test program had not.
+    WithoutAWord,
+    /// It had more than [`LIMIT`].
+    TooLate,
 }
 
 fn outer_disk(tree: &Path, work: &Path, kit: &guest_kit::GuestKit, programs: &[(&PathBuf, &str)], disk: &Path) {
@@ -151,8 +172,8 @@ fn outer_disk(tree: &Path, work: &Path, kit: &guest_kit::GuestKit, programs: &[(
     make_file_system(tree, disk);
 }
 
-/// Runs the outer guest, repeating what it says.
-fn run(kit: &guest_kit::GuestKit, disk: &Path) -> Ended {
+/// Runs the outer guest; what it says with the seconds since the start, and how it ends.
+fn run(kit: &guest_kit::GuestKit, disk: &Path) -> (Vec<String>, End) {
     // With audit, which system call a filter of the jail forbade.
     let mut append = "console=ttyS0 quiet loglevel=6 audit=1 panic=-1 no_timer_check random.trust_cpu=on tsc=reliable mitigations=off".to_owned();
     // The kernel puts what it does not know into the environment of init.
@@ -161,6 +182,7 @@ fn run(kit: &guest_kit::GuestKit, disk: &Path) -> Ended {
             append += &format!(" {variable}={value}");
         }
     }
+    let (output, input) = std::io::pipe().unwrap();
     // Without XSAVE: TCG does not tell a hypervisor of XSETBV, so KVM would save and restore an XCR0 that is not the guest's.
     let child = Command::new("qemu-system-x86_64")
         .args(["-accel", "tcg", "-cpu", "EPYC,+svm,+npt,-xsave", "-m", "3072", "-smp", "2", "-nographic", "-no-reboot", "-nic", "none"])
@@ -173,11 +195,11 @@ fn run(kit: &guest_kit::GuestKit, disk: &Path) -> Ended {
         .arg("-append")
         .arg(append)
         .stdin(Stdio::null())
-        .stdout(Stdio::piped())
+        .stdout(input.try_clone().unwrap())
+        .stderr(input)
         .spawn()
         .unwrap();
-    let mut outer = Outer(child);
-    let output = outer.0.stdout.take().unwrap();
+    let _outer = Outer(child);
     let (lines, heard) = mpsc::channel();
     // Ends with QEMU, which ends with the test.
     std::thread::spawn(move || {
@@ -188,18 +210,17 @@ fn run(kit: &guest_kit::GuestKit, disk: &Path) -> Ended {
         }
     });
     let begun = Instant::now();
-    let mut emulator_fault = None;
+    let mut said = Vec::new();
     loop {
         match heard.recv_timeout(LIMIT.saturating_sub(begun.elapsed())) {
             Ok(line) => {
-                println!("[{:6.1}] {line}", begun.elapsed().as_secs_f64());
-                emulator_fault = emulator_fault.or(EMULATOR_FAULTS.into_iter().find(|sign| line.contains(sign)));
+                said.push(format!("[{:6.1}] {line}", begun.elapsed().as_secs_f64()));
                 if let Some(code) = line.strip_prefix(EXIT_LINE) {
-                    return Ended { code: code.to_owned(), emulator_fault };
+                    return (said, End::Code(code.to_owned()));
                 }
             }
-            Err(mpsc::RecvTimeoutError::Timeout) => panic!("the outer guest did not finish within {LIMIT:?}"),
-            Err(mpsc::RecvTimeoutError::Disconnected) => panic!("the outer guest ended without a word"),
+            Err(mpsc::RecvTimeoutError::Timeout) => return (said, End::TooLate),
+            Err(mpsc::RecvTimeoutError::Disconnected) => return (said, End::WithoutAWord),
         }
     }
 }

@@ -29,7 +29,7 @@ pub(super) fn of_microvm(front: &Front, id: &str, ask: &Ask, stop: CancellationT
         return Err(ApiError::not_found(format!("Nothing that {} says is kept: it was run with logging disabled.", handle.id())));
     }
     let log = front.api.parts.controller.log_dir(handle.id()).join("app.log");
-    let ended: Ended = Arc::new(move || handle.view().state == MicrovmState::Terminated);
+    let ended: Ended = Arc::new(move || handle.state() == MicrovmState::Terminated);
     answer(front, log, part, ended, stop)
 }
 

@@ -64,7 +64,7 @@ pub(super) fn lifetime(minutes: u64) -> Result<Duration, ApiError> {
 /// The microVM of a token, which has an endpoint.
 pub(super) fn alive(api: &Api, identifier: &str) -> Result<MicrovmHandle, ApiError> {
     let handle = find_microvm(api, identifier)?;
-    if handle.view().state == MicrovmState::Terminated {
+    if handle.state() == MicrovmState::Terminated {
         return Err(ApiError::validation(format!("The MicroVM {} has been terminated and has no endpoint any more.", handle.id())));
     }
     Ok(handle)

@@ -11,7 +11,7 @@ pub(super) async fn call(api: &Api, input: Value) -> Result<Answer, ApiError> {
     if has_ended(&handle) {
         return Err(terminated(&handle));
     }
-    if handle.view().state == MicrovmState::Suspended {
+    if handle.state() == MicrovmState::Suspended {
         return Ok(Answer::empty());
     }
     match handle.suspend().await {

@@ -19,11 +19,11 @@ use rustls::pki_types::ServerName;
 use vmm_runtime::engine::GuestStream;
 
 use super::{
+    deferred::Deferring,
     guest_socket::{GuestEnd, GuestSocket},
     h2_headers::{Bounded, Bounds},
     links::{Asleep, Links, Speaks, Target, Tied},
     pool::{Connection, Pool},
-    resets::Resets,
     transport::{self, Transports},
     turns::Turns,
 };
@@ -234,7 +234,9 @@ impl L4Connect for Connector {
             () = self.client_left() => Err(DialFailure::ClientLeft),
         };
         let stream = match dialled {
-            Ok(stream) if self.way.target.speaks == Speaks::Http2 => Box::pin(Bounded::new(Box::pin(Resets::new(stream, self.way.asleep())), self.bounds)),
+            Ok(stream) if self.way.target.speaks == Speaks::Http2 => {
+                Box::pin(Bounded::new(Box::pin(Deferring::new(stream, Box::new(self.way.microvm.clone()))), self.bounds))
+            },
             Ok(stream) => stream,
             Err(failure) => {
                 let _ = self.failure.set(failure);

@@ -7,12 +7,12 @@
 //! inside of it ([`transport`]).
 
 pub(crate) mod connector;
+pub(crate) mod deferred;
 pub(crate) mod frames;
 pub(crate) mod guest_socket;
 pub(crate) mod h2_headers;
 pub(crate) mod links;
 pub(crate) mod pool;
-pub(crate) mod resets;
 pub(crate) mod transport;
 pub(crate) mod turns;
 pub(crate) mod tunnel;

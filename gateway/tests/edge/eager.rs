@@ -1,6 +1,6 @@
 //! A loopback engine whose streams have their first bytes at hand when they are dialled: the guest that is always faster
 //! than the gateway, which pingora issue #946 needs to show itself. Or whose streams never come. Or whose app closes a
-//! connection just when it is used again.
+//! connection just when it is used again. Or whose app says something at the very moment that a test chooses.
 
 use std::{
     any::Any,
@@ -8,7 +8,7 @@ use std::{
     path::PathBuf,
     pin::Pin,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     task::{Context, Poll},
@@ -17,7 +17,10 @@ use std::{
 
 use async_trait::async_trait;
 use model::{Generation, MicrovmId, Port};
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf},
+    sync::mpsc::{self, UnboundedReceiver, UnboundedSender},
+};
 use tokio_util::sync::CancellationToken;
 use vmm_runtime::{
     engine::{
@@ -40,6 +43,59 @@ pub enum Dials {
     /// is certain that nobody has seen what was written is `certain`. The gateway reads the end once it has written `late` bytes
     /// more.
     Closing { closes: Arc<AtomicBool>, certain: bool, late: u64 },
+    /// What is put into the queue comes from the app as well.
+    Prompted(Arc<Prompt>),
+}
+
+/// What an app is made to say, and what it is told.
+pub struct Prompt {
+    pub says: UnboundedSender<Vec<u8>>,
+    /// How much of it was read.
+    pub said: AtomicUsize,
+    /// All bytes that were written to its streams.
+    pub told: Mutex<Vec<u8>>,
+    queue: Mutex<UnboundedReceiver<Vec<u8>>>,
+}
+
+impl Prompt {
+    pub fn new() -> Arc<Self> {
+        let (says, queue) = mpsc::unbounded_channel();
+        Arc::new(Self { says, said: AtomicUsize::new(0), told: Mutex::default(), queue: Mutex::new(queue) })
+    }
+}
+
+/// A stream of a prompted app.
+struct Prompted {
+    rest: GuestStream,
+    prompt: Arc<Prompt>,
+}
+
+impl ByteStream for Prompted {}
+
+impl AsyncRead for Prompted {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<std::io::Result<()>> {
+        let prompted = self.prompt.queue.lock().unwrap().poll_recv(cx);
+        if let Poll::Ready(Some(bytes)) = prompted {
+            self.prompt.said.fetch_add(1, Ordering::SeqCst);
+            buf.put_slice(&bytes);
+            return Poll::Ready(Ok(()));
+        }
+        self.rest.as_mut().poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Prompted {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<std::io::Result<usize>> {
+        let taken = std::task::ready!(self.rest.as_mut().poll_write(cx, buf))?;
+        self.prompt.told.lock().unwrap().extend_from_slice(&buf[..taken]);
+        Poll::Ready(Ok(taken))
+    }
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        self.rest.as_mut().poll_flush(cx)
+    }
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        self.rest.as_mut().poll_shutdown(cx)
+    }
 }
 
 /// A stream that its app closes just when it is used again.
@@ -147,6 +203,9 @@ impl Vm for EagerVm {
         if let Dials::Closing { closes, certain, late } = &self.1 {
             let rest = self.0.dial(port).await?;
             return Ok(Box::pin(Closing { rest, closes: closes.clone(), certain: *certain, late: *late, written: 0, closed_at: None }));
+        }
+        if let Dials::Prompted(prompt) = &self.1 {
+            return Ok(Box::pin(Prompted { rest: self.0.dial(port).await?, prompt: prompt.clone() }));
         }
         let mut rest = self.0.dial(port).await?;
         let mut first = vec![0; 4096];

@@ -1,13 +1,17 @@
 //! Requests and sleep: one wake for all, refusals that wake nobody, clients that leave, and what a failed wake reads like.
 
-use std::{sync::atomic::Ordering, time::Duration};
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use model::{Generation, IdlePolicy, MicrovmState, PortScope};
 use tokio::io::AsyncWriteExt as _;
-use vmm_runtime::{engine::EngineError, loopback::SuspendStep};
+use vmm_runtime::{engine::EngineError, loopback::{LoopbackEngine, SuspendStep}};
 
 use crate::{
     app::App,
+    eager::{Dials, EagerEngine, Prompt},
     rig::{H2, Rig, full, get, h2_request, request, until, within},
 };
 
@@ -208,6 +212,40 @@ async fn a_request_that_is_being_computed_keeps_its_microvm_awake_and_a_silent_s
     within("the sleep", vm.handle.wait_until(|view| view.state == MicrovmState::Suspended)).await;
     assert_eq!(app.dropped.load(Ordering::SeqCst), 0);
     drop(response);
+}
+
+/// An app of gRPC measures its path by a PING whenever it has read a message, and what answers it is the HTTP/2 layer.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_http2_itself_says_takes_no_suspend_back_wakes_nobody_and_is_heard_after_the_wake() {
+    let (engine, prompt) = (LoopbackEngine::new(), Prompt::new());
+    let rig = Rig::over(engine.clone(), Arc::new(EagerEngine(engine, Dials::Prompted(prompt.clone()))), |_| {}).await;
+    let (_app, address) = App::start().await;
+    let vm = rig.microvm(address).await;
+    let token = rig.token(&vm, PortScope::All);
+    let forced = [("x-aws-proxy-auth", token.as_str()), ("x-aws-proxy-force-h2", "true")];
+    let h2 = rig.h2().await;
+    let events = within("the answer", H2(h2.0.clone()).0.send_request(h2_request("GET", &vm.host, "/events", &forced, full("")))).await.unwrap();
+    assert_eq!(events.version(), http::Version::HTTP_2);
+
+    let hold = rig.engine.hold_suspends(SuspendStep::BeforeCommit);
+    within("the suspend to be taken", vm.handle.suspend()).await.unwrap();
+    within("the suspend", hold.arrived(1)).await;
+    for said in 1..=2 {
+        // RFC 9113 §6.7; the second is read after the first was answered.
+        prompt.says.send([&[0, 0, 8, 6, 0, 0, 0, 0, 0][..], b"measure", &[said]].concat()).unwrap();
+        until("the PING to be read", || prompt.said.load(Ordering::SeqCst) == usize::from(said)).await;
+    }
+    hold.release();
+    within("the sleep", vm.handle.wait_until(|view| view.state == MicrovmState::Suspended)).await;
+    let answer = |said| [&[0, 0, 8, 6, 1, 0, 0, 0, 0][..], b"measure", &[said]].concat();
+    let told = |bytes: &[u8]| prompt.told.lock().unwrap().windows(bytes.len()).any(|window| window == bytes);
+    assert!(!told(&answer(1)));
+
+    let (mut h1, request) = (rig.h1().await, get(&vm.host, "/", &forced[..1]));
+    assert_eq!(within("the wake", h1.send(request)).await.status, 200);
+    assert_eq!((rig.engine.counts().taken_back, rig.engine.counts().restores), (0, 1));
+    until("both answers", || told(&[answer(1), answer(2)].concat())).await;
+    drop(events);
 }
 
 #[tokio::test(flavor = "multi_thread")]
