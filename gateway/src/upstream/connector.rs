@@ -236,7 +236,7 @@ impl L4Connect for Connector {
         let stream = match dialled {
             Ok(stream) if self.way.target.speaks == Speaks::Http2 => {
                 Box::pin(Bounded::new(Box::pin(Deferring::new(stream, Box::new(self.way.microvm.clone()))), self.bounds))
-            },
+            }
             Ok(stream) => stream,
             Err(failure) => {
                 let _ = self.failure.set(failure);
