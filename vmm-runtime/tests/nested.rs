@@ -132,14 +132,15 @@ fn what_matters(said: &[String]) -> Vec<&str> {
 /// about once in some hundred restores, on QEMU 7.2 and on 10.0.2, with XSAVE and without, never at the same check twice. With one,
 /// whole runs (8 of them) and 430 restores in a row had none. Hence one processor ([`PROCESSORS`]).
 ///
-/// Neither is the VMM's. Triple faults: with QEMU 7.2.22 logging (`-d int,cpu_reset`), two in some 350 restores were the same: KVM enters
-/// the guest at its own RIP (`kvm_entry`), and comes back from it (`kvm_exit`, a nested page fault) with the RIP of the instruction
-/// behind VMRUN in kvm_amd, the RSP of the outer kernel's stack, the VMCB's address in RAX, and the outer kernel's CR3, GDT and IDT; only
-/// what VMLOAD loads (FS, GS, TR) is the guest's. With that the guest goes on, finds nothing mapped, and faults three times. The state that
-/// KVM saves of the host at VMRUN has taken the place of the guest's, and no VMM can write, or knows, any of it. Whether QEMU's
-/// emulation mixes the two up or KVM on it does is not known. Soft lockups: one after 477 restores had both processors of the outer kernel
-/// at a jump in KVM (`__apic_accept_irq`) that the kernel rewrites at run time, in the handler of the INT3 that stands there meanwhile,
-/// over and over: QEMU went on executing an instruction that had been replaced.
+/// Neither is the VMM's. Triple faults: at the end of an exit of the guest, the first processor has its host's state again, and QEMU's
+/// flag that nested paging is on (`HF2_NPT_MASK`) stays set, though `do_vmexit` has just cleared it. So the outer kernel's next
+/// instruction is looked for through the guest's page tables; that is a nested page fault, at which the outer kernel's registers are
+/// saved as the guest's, and with those the guest goes on, finds nothing mapped, and faults three times. A QEMU 7.2 that kept its last
+/// SVM events in memory showed it. The flag is in a word (`hflags2`) that another thread writes as well: any processor that loads
+/// x87 state without a pending exception clears a flag of the first one in it (`cpu_clear_ignne`), by a read, a change and a write that
+/// are not one. Which processor had done so in that instant was not recorded. Soft lockups: one after 477 restores had both processors
+/// of the outer kernel at a jump in KVM (`__apic_accept_irq`) that the kernel rewrites at run time, in the handler of the INT3 that
+/// stands there meanwhile, over and over: QEMU went on executing an instruction that had been replaced.
 ///
 /// A run that fails with one of these signs all the same is told loudly, with what KVM traced of the guest before it (lines
 /// `KVM-TRACE`), and done again, three times at most; a run that fails otherwise has failed. `CONFORMANCE_TIMES=100
