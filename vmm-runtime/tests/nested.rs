@@ -138,7 +138,8 @@ fn what_matters(said: &[String]) -> Vec<&str> {
 /// saved as the guest's, and with those the guest goes on, finds nothing mapped, and faults three times. A QEMU 7.2 that kept its last
 /// SVM events in memory showed it. The flag is in a word (`hflags2`) that another thread writes as well: any processor that loads
 /// x87 state without a pending exception clears a flag of the first one in it (`cpu_clear_ignne`), by a read, a change and a write that
-/// are not one. Which processor had done so in that instant was not recorded. Soft lockups: one after 477 restores had both processors
+/// are not one. (One that waited 10,000 turns of a loop between the two, and wrote nothing, would have set the flag of nested paging again in 58 of
+/// 12,000 calls by the second processor.) Soft lockups: one after 477 restores had both processors
 /// of the outer kernel at a jump in KVM (`__apic_accept_irq`) that the kernel rewrites at run time, in the handler of the INT3 that
 /// stands there meanwhile, over and over: QEMU went on executing an instruction that had been replaced.
 ///
