@@ -28,7 +28,7 @@ use tokio::{
     time::{Instant, Sleep},
 };
 
-use crate::{Limits, access_log::{AccessLog, Entry}, drain::Traffic, framing::HeaderLimits, headers::new_request_id, h2_refusals::Outgoing, meter::HeaderMeter, metrics::{DrainCut, Metrics, Protocol}, reply::Reason, socket::Socket};
+use crate::{Limits, access_log::{AccessLog, Entry}, drain::Traffic, framing::HeaderLimits, h2_frames::PREFACE_LENGTH, h2_refusals::Outgoing, headers::new_request_id, meter::HeaderMeter, metrics::{DrainCut, Metrics, Protocol}, reply::Reason, socket::Socket};
 
 /// After the last answer on a connection that is closed with input unread: what still comes is read and thrown away until
 /// nothing has come for this long, so that the close does not reach the client as a reset that overtakes the answer. A
@@ -45,8 +45,6 @@ const MAX_HELD: usize = 8 * 1024;
 /// What is shorter waits, over HTTP/2, for what else is to be said at the same moment. As long as the buffer that its frames
 /// gather in (third_party/PATCHES.md).
 const SMALL: usize = 2 * 1024;
-/// What a client of HTTP/2 sends before anything else (RFC 9113 §3.4).
-const PREFACE_LENGTH: usize = 24;
 
 /// Writes until nothing is left.
 fn poll_send(left: &mut Vec<u8>, mut write: impl FnMut(&[u8]) -> Poll<io::Result<usize>>) -> Poll<io::Result<()>> {

@@ -2,6 +2,10 @@
 //!
 //! Owns: where a frame begins and how long it is (RFC 9113 §4.1), however its bytes are cut. Keeps no payload.
 
+/// Bytes that a client's direction begins with, before its first frame (RFC 9113 §3.4).
+pub(crate) const PREFACE_LENGTH: usize = 24;
+/// The type of the frame that ends one stream (RFC 9113 §6.4).
+pub(crate) const RST_STREAM: u8 = 0x3;
 /// Bytes of a frame's header.
 pub(crate) const FRAME_HEADER: usize = 9;
 

@@ -3,11 +3,13 @@
 //! Owns: which of the frames that go out to a client say so (RFC 9113 §§6.4, 6.8, 7), as a [`Reason`]. Counts and logs nothing, and keeps
 //! nothing of a frame but its first bytes.
 
-use crate::{h2_frames::Frames, reply::Reason};
+use crate::{
+    h2_frames::{Frames, RST_STREAM},
+    reply::Reason,
+};
 
 /// What is looked at of a payload: of GOAWAY the last stream and the error code, of RST_STREAM the error code.
 const LOOKED_AT: usize = 8;
-const RST_STREAM: u8 = 0x3;
 const GOAWAY: u8 = 0x7;
 
 const PROTOCOL_ERROR: u32 = 0x1;

@@ -19,11 +19,8 @@ use model::MicrovmState;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use vmm_runtime::engine::{ByteStream, GuestStream};
 
-use crate::h2_frames::{FRAME_HEADER, Frames, payload_length};
+use crate::h2_frames::{FRAME_HEADER, Frames, PREFACE_LENGTH, RST_STREAM, payload_length};
 
-/// What every connection begins with before its first frame (RFC 9113 §3.4).
-const PREFACE_LENGTH: usize = 24;
-const RST_STREAM: u8 = 0x3;
 const SETTINGS: u8 = 0x4;
 const PING: u8 = 0x6;
 const ACK: u8 = 0x1;
